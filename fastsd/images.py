@@ -1,0 +1,115 @@
+"""Images in and out: files, PIL images and arrays ↔ tensors [B, H, W, 3] in [−1, 1]."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from fastsd.errors import ImageError
+
+MAX_PIXELS = 4096 * 4096
+FORMATS = ("PNG", "JPEG", "WEBP")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """Read a PNG, JPEG or WebP file as RGB: upright (EXIF orientation applied), alpha laid on white.
+
+    Raises ImageError for anything else, for a damaged file, and above 16.8 megapixels (judged by the header, before
+    the pixels are decoded).
+    """
+    name = Path(path).name
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            _check_size(image.size, name)
+            image.load()
+            return to_rgb(image)
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{name}: not a PNG, JPEG or WebP image") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, ImageError):
+            raise
+        raise ImageError(f"{name}: cannot be read as an image ({error})") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Upright RGB: EXIF orientation applied, palette, CMYK, grey and 16-bit converted, transparency laid on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit grey: PIL's own conversion to 8 bits clips instead of scaling
+        levels = np.asarray(image, dtype=np.float64)
+        image = Image.fromarray(np.clip(np.round(levels / 257.0), 0, 255).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def to_tensor(image: Any, multiple: int) -> Tensor:
+    """One image or several → fp32 [B, H, W, 3] in [−1, 1].
+
+    image: a path, a PIL image, a list of either; an array [H, W, 3] or [B, H, W, 3] of uint8, or of floats in [0, 1]; a
+    tensor [3, H, W] or [B, 3, H, W] of floats in [−1, 1], as diffusers takes it. Height and width must be multiples of
+    `multiple`.
+    """
+    if isinstance(image, list | tuple):
+        if not image:
+            raise ImageError("image: the list is empty; give at least one image")
+        tensors = [to_tensor(one, multiple) for one in image]
+        if len({tensor.shape[1:] for tensor in tensors}) > 1:
+            raise ImageError("image: all images of a list must have the same size")
+        return torch.cat(tensors)
+    if isinstance(image, str | Path):
+        image = load_image(image)
+    if isinstance(image, Image.Image):
+        _check_size(image.size, "image")
+        image = np.asarray(to_rgb(image))
+    x = _from_tensor(image) if isinstance(image, Tensor) else _from_array(image)
+    _check_size((x.shape[2], x.shape[1]), "image")
+    if x.shape[1] % multiple or x.shape[2] % multiple:
+        raise ImageError(
+            f"image: {x.shape[2]}x{x.shape[1]} pixels; width and height must be multiples of {multiple}: resize or crop it"
+        )
+    if not torch.isfinite(x).all():
+        raise ImageError("image: holds NaN or infinite values")
+    return x
+
+
+def from_tensor(x: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
+    """[B, H, W, 3] in [−1, 1] → what output_type names: PIL images; "np" [B, H, W, 3] or "pt" [B, 3, H, W] in [0, 1]."""
+    x = (x.float() * 0.5 + 0.5).clamp(0.0, 1.0)
+    if output_type == "pt":
+        return x.permute(0, 3, 1, 2).contiguous()
+    array = x.cpu().numpy()
+    if output_type == "np":
+        return array
+    return [Image.fromarray(one) for one in (array * 255.0).round().astype(np.uint8)]
+
+
+def _from_tensor(image: Tensor) -> Tensor:
+    x = image if image.ndim == 4 else image[None]
+    if x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
+        raise ImageError(f"image: a tensor must be float [3, H, W] or [B, 3, H, W], not {tuple(image.shape)}")
+    return x.float().permute(0, 2, 3, 1).contiguous()
+
+
+def _from_array(image: Any) -> Tensor:
+    array = np.asarray(image)
+    array = array if array.ndim == 4 else array[None]
+    if array.ndim != 4 or array.shape[3] != 3 or array.dtype.kind not in "uf":
+        raise ImageError(
+            f"image: give a path, a PIL image, or an array [H, W, 3] of uint8 or of floats in [0, 1], not {type(image).__name__}"
+        )
+    if array.dtype.kind == "u" and array.dtype != np.uint8:
+        raise ImageError(f"image: integer arrays must be uint8, not {array.dtype}")
+    scale = 255.0 if array.dtype == np.uint8 else 1.0
+    x = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)) / scale
+    return x * 2.0 - 1.0
+
+
+def _check_size(size: tuple[int, int], name: str) -> None:
+    width, height = size
+    if width < 1 or height < 1 or width * height > MAX_PIXELS:
+        raise ImageError(f"{name}: {width}x{height} pixels; fastsd takes 1 to {MAX_PIXELS} pixels")

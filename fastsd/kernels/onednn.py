@@ -1,0 +1,95 @@
+"""Convolutions and linears on x86 CPUs through oneDNN, with weights packed once instead of at every call.
+
+PyTorch hands oneDNN the checkpoint-shaped weight, and oneDNN reorders it into its blocked layout each time: for the 1280-wide
+3×3 convolutions at 8×8 and 4×4 pixels that takes three to ten times as long as the arithmetic. And on AMD CPUs PyTorch's fp32
+GEMM runs at under half the rate of oneDNN's 1×1 convolution, which computes the same sums. The figures are in bench/results/.
+
+A packed weight takes as much memory again as the weight. It is made for the size of input it first meets (oneDNN chooses the
+layout by it), and made again when another size comes or the weight has changed.
+"""
+
+import threading
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+Geometry = tuple[tuple[int, ...], int, tuple[int, int]]
+"""(input shape NCHW, stride, (vertical, horizontal) padding)."""
+
+
+def available() -> bool:
+    """Whether this PyTorch and this CPU can run these ops."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+
+
+def supports(x: Tensor, w: Tensor) -> bool:
+    """fp32, and bf16 where the CPU multiplies it; on the CPU; not for training, since there is no backward."""
+    dtype_runs = x.dtype == torch.float32 or (
+        x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+    return (
+        x.device.type == "cpu"
+        and x.dtype == w.dtype
+        and dtype_runs
+        and not (torch.is_grad_enabled() and w.requires_grad)
+    )
+
+
+def conv2d(
+    x: Tensor, w: Tensor, b: Tensor | None, stride: int = 1, pad: tuple[int, int, int, int] = (0, 0, 0, 0)
+) -> Tensor:
+    """x [B, H, W, C], w [O, C, R, R], b [O] → [B, H', W', O]; pad (left, right, top, bottom)."""
+    x, (left, right, top, bottom) = x.permute(0, 3, 1, 2), pad
+    if (left, top) != (right, bottom):
+        x, left, top = F.pad(x, pad), 0, 0
+    return _convolve(x, w, b, stride, (top, left)).permute(0, 2, 3, 1)
+
+
+def affine(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    """x·wᵀ + b as a 1×1 convolution of a one-pixel-wide image. x [..., K], w [N, K], b [N] → [..., N]."""
+    image = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # [1, K, M, 1], channels_last
+    y = _convolve(image, w, b, 1, (0, 0))
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], w.shape[0])
+
+
+def _convolve(x: Tensor, w: Tensor, b: Tensor | None, stride: int, pad: tuple[int, int]) -> Tensor:
+    packed = _weights.get(w, (tuple(x.shape), stride, pad))
+    # The arguments after stride: dilation, groups, and no fused activation.
+    return torch.ops.mkldnn._convolution_pointwise(x, packed, b, pad, (stride, stride), (1, 1), 1, "none", [], "")
+
+
+class _Packed(NamedTuple):
+    weight: Tensor
+    geometry: Geometry
+    version: tuple[int, int]
+
+
+class _PackedWeights:
+    """The packed copy of each live weight. Threads may share it."""
+
+    def __init__(self) -> None:
+        self._packed = WeakTensorKeyDictionary()
+        self._lock = threading.Lock()
+
+    def get(self, w: Tensor, geometry: Geometry) -> Tensor:
+        version = (w.data_ptr(), 0 if w.is_inference() else w._version)
+        with self._lock:
+            entry: _Packed | None = self._packed.get(w)
+            if entry is None or entry.geometry != geometry or entry.version != version:
+                entry = _Packed(_pack(w, geometry), geometry, version)
+                self._packed[w] = entry
+            return entry.weight
+
+
+def _pack(w: Tensor, geometry: Geometry) -> Tensor:
+    """The checkpoint-shaped weight [O, C, R, R] or [N, K] in the layout oneDNN wants for this geometry."""
+    shape, stride, pad = geometry
+    w = w.detach()
+    w = w[:, :, None, None] if w.ndim == 2 else w
+    return torch._C._nn.mkldnn_reorder_conv2d_weight(w.to_mkldnn(), pad, (stride, stride), (1, 1), 1, shape)
+
+
+_weights = _PackedWeights()

@@ -1,0 +1,175 @@
+"""The autoencoder of latent diffusion: images ↔ latents.
+
+Esser et al. 2021 (arXiv 2012.09841) and Rombach et al. 2022 (arXiv 2112.10752); the attribute names are diffusers'
+AutoencoderKL's. Images lie in [−1, 1]; latents are scaled to about unit variance, as the UNet sees them.
+"""
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from fastsd.config import VAEConfig
+from fastsd.models.layers import (
+    Downsample,
+    GroupNorm,
+    Linear,
+    ResBlock,
+    Upsample,
+    conv1x1,
+    conv3x3,
+)
+from fastsd.ops import REFERENCE, Ops, Pad
+
+EPS = 1e-6
+RIGHT_AND_BOTTOM: Pad = (0, 1, 0, 1)
+
+
+class VAE(nn.Module):
+    def __init__(self, config: VAEConfig, ops: Ops = REFERENCE) -> None:
+        super().__init__()
+        self.config = config
+        latents = config.latent_channels
+        self.encoder = Encoder(config, ops)
+        self.decoder = Decoder(config, ops)
+        self.quant_conv = conv1x1(ops, 2 * latents, 2 * latents) if config.use_quant_conv else None
+        self.post_quant_conv = conv1x1(ops, latents, latents) if config.use_post_quant_conv else None
+
+    def moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the latents, unscaled. image [B, H, W, 3] in [−1, 1] → two of [B, H/8, W/8, 4].
+
+        The log-variance is clamped to [−30, 20].
+        """
+        h = self.encoder(image)
+        h = h if self.quant_conv is None else self.quant_conv(h)
+        mean, logvar = h.chunk(2, dim=-1)
+        return mean, logvar.clamp(-30.0, 20.0)
+
+    def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
+        """(mean + exp(½ logvar) · noise − shift) · scaling_factor; without noise, the mean.
+
+        image [B, H, W, 3] in [−1, 1], noise unit Gaussian [B, H/8, W/8, 4] → latents [B, H/8, W/8, 4].
+        """
+        mean, logvar = self.moments(image)
+        z = mean if noise is None else mean + (0.5 * logvar).exp() * noise
+        return (z - self.config.shift_factor) * self.config.scaling_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents [B, H, W, 4] as `encode` gives them → image [B, 8H, 8W, 3], about [−1, 1], not clamped."""
+        z = latents / self.config.scaling_factor + self.config.shift_factor
+        z = z if self.post_quant_conv is None else self.post_quant_conv(z)
+        return self.decoder(z)
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VAEConfig, ops: Ops) -> None:
+        super().__init__()
+        channels = config.block_out_channels
+        self.conv_in = conv3x3(ops, config.in_channels, channels[0])
+        self.down_blocks = nn.ModuleList()
+        width = channels[0]
+        for level, out in enumerate(channels):
+            block = Level(config, ops, width, out, config.layers_per_block, config.down_attention[level])
+            if level < len(channels) - 1:
+                block.downsamplers = nn.ModuleList(
+                    [Downsample(ops, out, RIGHT_AND_BOTTOM, with_conv=config.resamp_with_conv)]
+                )
+            self.down_blocks.append(block)
+            width = out
+        self.mid_block = MidBlock(config, ops, width)
+        self.conv_norm_out = GroupNorm(ops, config.norm_num_groups, width, EPS, silu=True)
+        self.conv_out = conv3x3(ops, width, 2 * config.latent_channels)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, H, W, 3] → [B, H/8, W/8, 8]
+        h = self.conv_in(x)
+        for block in self.down_blocks:
+            h = block(h)
+            if block.downsamplers is not None:
+                h = block.downsamplers[0](h)
+        h = self.mid_block(h)
+        return self.conv_out(self.conv_norm_out(h))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: VAEConfig, ops: Ops) -> None:
+        super().__init__()
+        channels = config.block_out_channels[::-1]
+        width = channels[0]
+        self.conv_in = conv3x3(ops, config.latent_channels, width)
+        self.mid_block = MidBlock(config, ops, width)
+        self.up_blocks = nn.ModuleList()
+        for level, out in enumerate(channels):
+            block = Level(config, ops, width, out, config.layers_per_block + 1, config.up_attention[level])
+            if level < len(channels) - 1:
+                block.upsamplers = nn.ModuleList([Upsample(ops, out, with_conv=config.resamp_with_conv)])
+            self.up_blocks.append(block)
+            width = out
+        self.conv_norm_out = GroupNorm(ops, config.norm_num_groups, width, EPS, silu=True)
+        self.conv_out = conv3x3(ops, width, config.out_channels)
+
+    def forward(self, z: Tensor) -> Tensor:  # [B, H, W, 4] → [B, 8H, 8W, 3]
+        h = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            h = block(h)
+            if block.upsamplers is not None:
+                h = block.upsamplers[0](h)
+        return self.conv_out(self.conv_norm_out(h))
+
+
+class Level(nn.Module):
+    """The ResBlocks of one level, each followed by attention where the level has it."""
+
+    def __init__(
+        self, config: VAEConfig, ops: Ops, in_channels: int, channels: int, layers: int, attention: bool
+    ) -> None:
+        super().__init__()
+        widths = [in_channels] + [channels] * (layers - 1)
+        groups = config.norm_num_groups
+        self.resnets = nn.ModuleList(ResBlock(ops, width, channels, groups, EPS) for width in widths)
+        if attention:
+            self.attentions = nn.ModuleList(Attention(ops, channels, groups) for _ in widths)
+        self.downsamplers: nn.ModuleList | None = None
+        self.upsamplers: nn.ModuleList | None = None
+
+    def layers(self) -> Iterator[tuple[ResBlock, "Attention | None"]]:
+        attentions = getattr(self, "attentions", [None] * len(self.resnets))
+        yield from zip(self.resnets, attentions, strict=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for resnet, attention in self.layers():
+            x = resnet(x)
+            x = x if attention is None else attention(x)
+        return x
+
+
+class MidBlock(nn.Module):
+    def __init__(self, config: VAEConfig, ops: Ops, channels: int) -> None:
+        super().__init__()
+        groups = config.norm_num_groups
+        if config.mid_block_add_attention:
+            self.attentions = nn.ModuleList([Attention(ops, channels, groups)])
+        self.resnets = nn.ModuleList(ResBlock(ops, channels, channels, groups, EPS) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.resnets[0](x)
+        for attention in getattr(self, "attentions", ()):
+            x = attention(x)
+        return self.resnets[1](x)
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over the H·W tokens, behind a GroupNorm and beside a residual."""
+
+    def __init__(self, ops: Ops, channels: int, groups: int) -> None:
+        super().__init__()
+        self.ops = ops
+        self.group_norm = GroupNorm(ops, groups, channels, EPS)
+        self.to_q = Linear(ops, channels, channels)
+        self.to_k = Linear(ops, channels, channels)
+        self.to_v = Linear(ops, channels, channels)
+        self.to_out = nn.ModuleList([Linear(ops, channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, H, W, C]
+        tokens = self.group_norm(x).flatten(1, 2)  # [B, H·W, C]
+        q, k, v = (project(tokens).unsqueeze(2) for project in (self.to_q, self.to_k, self.to_v))  # [B, H·W, 1, C]
+        h = self.ops.attention(q, k, v).flatten(2).unflatten(1, x.shape[1:3])  # [B, H, W, C]
+        return self.to_out[0](h, residual=x)

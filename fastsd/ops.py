@@ -1,0 +1,219 @@
+"""The seam between the nets and whatever computes them.
+
+`Ops` is handed to every model at construction: `UNet(config, ops=REFERENCE)`. There is no global switch and no fallback;
+`dataclasses.replace(ops, geglu=REFERENCE.geglu)` swaps one op, which is how an error is bisected.
+
+The reference ops below are the specification. They are plain PyTorch, run on any device in any floating dtype, and are
+differentiable. Letters: B batch, H W height and width, C O channels in and out, L tokens, N heads, D head dim, S sampler state.
+Activations are NHWC throughout, so tokens [B, H·W, C] are a view of an image [B, H, W, C].
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastsd.kernels import onednn
+
+Activation = Literal["silu", "gelu", "quick_gelu"]
+Pad = tuple[int, int, int, int]
+"""Zero padding (left, right, top, bottom). The VAE's downsample is (0, 1, 0, 1), the UNet's (1, 1, 1, 1)."""
+Affine = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""x·wᵀ + b; what `linear` and `geglu` are built round."""
+Convolve = Callable[[Tensor, Tensor, Tensor | None, int, Pad], Tensor]
+"""`convolve`, or another that computes the same; what `conv2d` and `upsample_conv2d` are built round."""
+
+
+class StepRow(NamedTuple):
+    """One row of a sampler's table for each image of a batch: what `sampler_step` needs beside the tensors."""
+
+    update: Tensor
+    """[B, S, S+2] fp32: state ← update · (state, guided output, noise)."""
+    guidance: Tensor
+    """[B] fp32 guidance scale g: guided = uncond + g · (cond − uncond). Unused when the UNet ran without guidance."""
+    rescale: Tensor | None = None
+    """[B] fp32 guidance_rescale φ in [0, 1] (Lin et al. 2024, arXiv 2305.08891, eq. 15–16); None: off."""
+
+
+def linear(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: Activation | None = None,
+    affine: Affine = F.linear,
+) -> Tensor:
+    """activation(x·wᵀ + b) + residual. x [..., K], w [N, K], b [N], residual [..., N]."""
+    y = affine(x, w, b)
+    y = y if activation is None else _ACTIVATIONS[activation](y)
+    return y if residual is None else y + residual
+
+
+def geglu(x: Tensor, w: Tensor, b: Tensor, affine: Affine = F.linear) -> Tensor:
+    """value · gelu_erf(gate), (value, gate) the halves of x·wᵀ + b. x [..., K], w [2N, K], b [2N] → [..., N]. Shazeer 2020."""
+    value, gate = affine(x, w, b).chunk(2, dim=-1)
+    return value * F.gelu(gate)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """softmax(q·kᵀ/√D + mask)·v a head. q [B, L, N, D], k v [B, M, N, D] → [B, L, N, D]; scores and softmax in fp32.
+
+    mask, broadcastable to [B, N, L, M], is boolean (True: attend) or additive. A row that may attend nowhere gives 0.
+    """
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(q.dtype)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, N, L, D]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).transpose(1, 2)
+
+
+def layer_norm(x: Tensor, w: Tensor, b: Tensor, eps: float = 1e-5) -> Tensor:
+    """Layer norm over the last axis. x [..., C], w b [C]."""
+    return F.layer_norm(x, (x.shape[-1],), w, b, eps)
+
+
+def group_norm(
+    x: Tensor, w: Tensor, b: Tensor, groups: int, eps: float, silu: bool = False, skip: Tensor | None = None
+) -> Tensor:
+    """Group norm, then SiLU if asked. x [B, H, W, C] → same; with a skip [B, H, W, C₂] laid beside x: [B, H, W, C+C₂]."""
+    x = _beside(x, skip)
+    y = _nhwc(F.group_norm(_nchw(x), groups, w, b, eps))
+    return F.silu(y) if silu else y
+
+
+def convolve(x: Tensor, w: Tensor, b: Tensor | None, stride: int, pad: Pad) -> Tensor:
+    """The convolution alone. x [B, H, W, C] → [B, H', W', O]."""
+    left, right, top, bottom = pad
+    if (left, top) == (right, bottom):
+        return _nhwc(F.conv2d(_nchw(x), w, b, stride, (top, left)))
+    return _nhwc(F.conv2d(F.pad(_nchw(x), pad), w, b, stride))
+
+
+def conv2d(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None = None,
+    stride: int = 1,
+    pad: Pad = (0, 0, 0, 0),
+    channel_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    skip: Tensor | None = None,
+    convolve: Convolve = convolve,
+) -> Tensor:
+    """2-D convolution + b + channel_bias + residual. x [B, H, W, C], w [O, C, R, R], b [O] → [B, H', W', O].
+
+    channel_bias [B, O] is a ResBlock's time projection, residual [B, H', W', O] its other branch; a skip [B, H, W, C₂]
+    lies beside x, as in `group_norm`, and then w is [O, C+C₂, R, R].
+    """
+    y = convolve(_beside(x, skip), w, b, stride, pad)
+    y = y if channel_bias is None else y + channel_bias[:, None, None, :]
+    return y if residual is None else y + residual
+
+
+def upsample_conv2d(
+    x: Tensor, w: Tensor, b: Tensor, size: tuple[int, int] | None = None, convolve: Convolve = convolve
+) -> Tensor:
+    """Nearest ×2, then a 3×3 convolution with padding 1. x [B, H, W, C], w [O, C, 3, 3] → [B, 2H, 2W, O].
+
+    size (H', W') crops the enlarged image before the convolution: a skip of odd height 2H−1 asks for one row less.
+    """
+    return convolve(upsample(x, size), w, b, 1, (1, 1, 1, 1))
+
+
+def sampler_step(state: Tensor, out: Tensor, noise: Tensor | None, row: StepRow) -> Tensor:
+    """Guidance and one row of each image's sampler table. All fp32.
+
+    state [S, B, H, W, C]; out [B, H, W, C], or [2B, H, W, C] = (unconditional, conditional) to be guided;
+    noise [B, H, W, C] unit Gaussian, None where the row's noise column is 0 → new state [S, B, H, W, C].
+    """
+    out = guide(out.float(), row) if out.shape[0] == 2 * state.shape[1] else out.float()
+    update = row.update if noise is not None else row.update[..., :-1]
+    basis = [*state, out] if noise is None else [*state, out, noise]
+    return torch.einsum("bsk,kbhwc->sbhwc", update, torch.stack(basis))
+
+
+def guide(out: Tensor, row: StepRow) -> Tensor:
+    """Classifier-free guidance (Ho & Salimans 2022), rescaled where row.rescale asks. out [2B, H, W, C] → [B, H, W, C]."""
+    uncond, cond = out.chunk(2)
+    guided = torch.lerp(uncond, cond, row.guidance.view(-1, 1, 1, 1))
+    if row.rescale is None:
+        return guided
+    std = [t.flatten(1).std(1).view(-1, 1, 1, 1) for t in (cond, guided)]
+    return torch.lerp(guided, guided * (std[0] / std[1]), row.rescale.view(-1, 1, 1, 1))
+
+
+def upsample(x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    """Nearest ×2, cropped to size. [B, H, W, C] → [B, 2H, 2W, C]."""
+    y = _nhwc(F.interpolate(_nchw(x), scale_factor=2.0, mode="nearest"))
+    return y if size is None else y[:, : size[0], : size[1]]
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "quick_gelu": _quick_gelu}
+
+
+def _nchw(x: Tensor) -> Tensor:
+    """[B, H, W, C] as [B, C, H, W] in channels_last memory: a view."""
+    return x.permute(0, 3, 1, 2)
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1)
+
+
+def _beside(x: Tensor, skip: Tensor | None) -> Tensor:
+    return x if skip is None else torch.cat((x, skip), dim=-1)
+
+
+@dataclass(frozen=True)
+class Ops:
+    """The operations a net is made of; each field has the signature of the reference function of its name."""
+
+    name: str
+    linear: Callable[..., Tensor]
+    geglu: Callable[..., Tensor]
+    attention: Callable[..., Tensor]
+    layer_norm: Callable[..., Tensor]
+    group_norm: Callable[..., Tensor]
+    conv2d: Callable[..., Tensor]
+    upsample_conv2d: Callable[..., Tensor]
+    sampler_step: Callable[..., Tensor]
+
+
+REFERENCE = Ops(
+    name="reference",
+    linear=linear,
+    geglu=geglu,
+    attention=attention,
+    layer_norm=layer_norm,
+    group_norm=group_norm,
+    conv2d=conv2d,
+    upsample_conv2d=upsample_conv2d,
+    sampler_step=sampler_step,
+)
+
+
+def onednn_ops() -> Ops:
+    """The reference with oneDNN's packed GEMMs and convolutions in it: for CPUs. See `kernels/onednn.py`."""
+
+    # fp16, and bf16 on CPUs that cannot multiply it, stay with PyTorch: oneDNN would have no faster way for them.
+    def affine(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        return onednn.affine(x, w, b) if onednn.supports(x, w) else F.linear(x, w, b)
+
+    def convolve_packed(x: Tensor, w: Tensor, b: Tensor | None, stride: int, pad: Pad) -> Tensor:
+        return onednn.conv2d(x, w, b, stride, pad) if onednn.supports(x, w) else convolve(x, w, b, stride, pad)
+
+    return replace(
+        REFERENCE,
+        name="onednn",
+        linear=partial(linear, affine=affine),
+        geglu=partial(geglu, affine=affine),
+        conv2d=partial(conv2d, convolve=convolve_packed),
+        upsample_conv2d=partial(upsample_conv2d, convolve=convolve_packed),
+    )
