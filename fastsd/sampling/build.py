@@ -1,0 +1,144 @@
+"""`make_table`: from what a user asks to a sampler's table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from fastsd.errors import ParameterError
+from fastsd.sampling.names import SAMPLERS, SamplerInfo, canonical_sampler, canonical_schedule
+from fastsd.sampling.schedule import NoiseSchedule, Vector
+from fastsd.sampling.spacing import Walk
+from fastsd.sampling.table import Table
+
+SIGMA_RANGE = (1e-4, 1e4)  # a hundred times wider than any checkpoint's, and safe to square and to divide by
+
+
+def make_table(
+    noise: NoiseSchedule,
+    steps: int,
+    sampler: str | None = None,
+    schedule: str | None = None,
+    *,
+    eta: float = 0.0,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+) -> Table:
+    """The table of a sampler; it computes what its diffusers twin does, made by ``from_config`` of the same config.
+
+    steps       in [1, T]; not looked at where timesteps or sigmas are given, as in diffusers
+    sampler     any name `canonical_sampler` takes, None: the checkpoint's own
+    schedule    any name `canonical_schedule` takes, None: the one in the sampler's name, else the checkpoint's own
+    eta         in [0, 1], the noise DDIM adds; the other samplers have no such knob and leave it, as diffusers does
+    timesteps   strictly falling, in [0, T), for the samplers whose twin takes them
+    sigmas      strictly falling, in SIGMA_RANGE, likewise; the walk ends at 0, which may be left out
+
+    ParameterError names the argument that is wrong and its range.
+    """
+    info, named_schedule = _sampler(noise, sampler)
+    if not (_is_real(eta) and 0 <= eta <= 1):
+        raise ParameterError(f"eta must be between 0 and 1, got {eta!r}")
+    if timesteps is not None and sigmas is not None:
+        raise ParameterError("give timesteps or sigmas, not both")
+    asked = _asked_schedule(schedule, named_schedule)
+    if sigmas is not None:  # they overrule the checkpoint's own schedule, as in diffusers
+        walk = _sigmas_walk(info, asked or "uniform", sigmas)
+    elif timesteps is not None:
+        walk = _timesteps_walk(noise, info, asked or _default_schedule(noise, info), timesteps)
+    else:
+        walk = _spaced_walk(noise, info, asked or _default_schedule(noise, info), steps)
+    return info.function(noise, replace(walk, eta=float(eta)))
+
+
+def _spaced_walk(noise: NoiseSchedule, info: SamplerInfo, schedule: str, steps: int) -> Walk:
+    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or not 1 <= steps <= noise.train_steps:
+        raise ParameterError(f"num_inference_steps must be an integer from 1 to {noise.train_steps}, got {steps!r}")
+    if schedule not in info.schedules:
+        takers = ", ".join(other.id for other in SAMPLERS.values() if schedule in other.schedules)
+        raise ParameterError(f"{info.id} does not take the {schedule} schedule; the samplers that do: {takers}")
+    return Walk(int(steps), schedule)
+
+
+def _timesteps_walk(noise: NoiseSchedule, info: SamplerInfo, schedule: str, timesteps: Sequence[float]) -> Walk:
+    _require_taken("timesteps", info, [other.id for other in SAMPLERS.values() if other.takes_timesteps])
+    _require_uniform("timesteps", schedule)
+    stops = _falling("timesteps", timesteps)
+    if stops[0] >= noise.train_steps or stops[-1] < 0:
+        raise ParameterError(f"timesteps must lie in [0, {noise.train_steps}), got {stops[0]:g} to {stops[-1]:g}")
+    if info.whole_timesteps and not np.array_equal(stops, stops.round()):
+        raise ParameterError(f"timesteps must be whole numbers for {info.id}; euler takes fractional ones")
+    return Walk(len(stops), "custom", timesteps=stops)
+
+
+def _sigmas_walk(info: SamplerInfo, schedule: str, sigmas: Sequence[float]) -> Walk:
+    _require_taken("sigmas", info, [other.id for other in SAMPLERS.values() if other.takes_sigmas])
+    _require_uniform("sigmas", schedule)
+    stops = _falling("sigmas", sigmas)
+    if stops[-1] == 0:
+        stops = stops[:-1]
+    low, high = SIGMA_RANGE
+    if not stops.size or stops[0] > high or stops[-1] < low:
+        raise ParameterError(f"sigmas must lie in [{low:g}, {high:g}], except for a final 0 that may be left out")
+    return Walk(len(stops), "custom", sigmas=stops)
+
+
+def _sampler(noise: NoiseSchedule, name: str | None) -> tuple[SamplerInfo, str | None]:
+    if name is not None:
+        sampler, schedule = canonical_sampler(name)
+        return SAMPLERS[sampler], schedule
+    if noise.sampler not in SAMPLERS:
+        known = ", ".join(SAMPLERS)
+        raise ParameterError(
+            f"fastsd has not the checkpoint's own sampler {noise.sampler}; choose sampler from {known}"
+        )
+    return SAMPLERS[noise.sampler], None
+
+
+def _asked_schedule(schedule: str | None, named: str | None) -> str | None:
+    """The schedule that the caller asked for in either way; None if in neither."""
+    if schedule is None:
+        return named
+    chosen = canonical_schedule(schedule)
+    if named not in (None, chosen):
+        raise ParameterError(
+            f"the sampler's name says schedule {named}, the schedule argument {chosen}; give one of them"
+        )
+    return chosen
+
+
+def _default_schedule(noise: NoiseSchedule, info: SamplerInfo) -> str:
+    if not info.follows_checkpoint:
+        return "uniform"
+    if noise.schedule not in info.schedules:
+        known = ", ".join(info.schedules)
+        raise ParameterError(
+            f"fastsd has not the checkpoint's own schedule {noise.schedule}; choose schedule from {known}"
+        )
+    return noise.schedule
+
+
+def _require_taken(name: str, info: SamplerInfo, takers: list[str]) -> None:
+    if info.id not in takers:
+        raise ParameterError(f"{info.id} does not take {name}; the samplers that do: {', '.join(takers)}")
+
+
+def _require_uniform(name: str, schedule: str) -> None:
+    if schedule != "uniform":
+        raise ParameterError(f"{name} and the {schedule} schedule exclude each other; pass schedule='uniform'")
+
+
+def _falling(name: str, values: Sequence[float]) -> Vector:
+    try:
+        stops = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ParameterError(f"{name} must be a list of numbers ({error})") from error
+    if stops.ndim != 1 or not stops.size or not np.all(np.isfinite(stops)) or not np.all(np.diff(stops) < 0):
+        raise ParameterError(f"{name} must be a non-empty list of finite numbers, each smaller than the one before")
+    return stops
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, int | float | np.floating) and not isinstance(value, bool) and math.isfinite(value)

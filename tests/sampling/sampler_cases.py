@@ -1,0 +1,67 @@
+"""What the sampler tests share: scheduler configs as checkpoints have them, and the loop that runs a table."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+import fastsd
+from fastsd.sampling import Table
+
+Array = np.ndarray
+Model = Callable[[Array, float, int], Array]  # (scaled input, timestep, call) -> output
+
+ASSETS = Path(fastsd.__file__).parent / "assets"
+
+SD15 = {
+    "_class_name": "PNDMScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+}
+SD21 = {**SD15, "_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
+BUNDLED = json.loads((ASSETS / "shapes-64" / "scheduler" / "scheduler_config.json").read_text())
+
+CONFIGS = {
+    "sd15": SD15,
+    "sd15-trailing": {**SD15, "timestep_spacing": "trailing"},
+    "sd15-linspace": {**SD15, "timestep_spacing": "linspace"},
+    "sd21": SD21,
+    "sd21-leading": {**SD21, "timestep_spacing": "leading"},
+    "sd21-trailing": {**SD21, "timestep_spacing": "trailing"},
+    "sd21-linspace": {**SD21, "timestep_spacing": "linspace"},
+    "bundled": BUNDLED,
+}
+
+# Every sampler with every schedule it takes.
+WALKS = [
+    ("ddpm", "uniform"),
+    ("ddim", "uniform"),
+    ("plms", "uniform"),
+    ("dpmpp_2m", "uniform"),
+    ("dpmpp_2m", "karras"),
+    ("euler", "uniform"),
+    ("euler", "karras"),
+    ("euler_ancestral", "uniform"),
+    ("euler_ancestral", "karras"),
+]
+
+
+def run_table(table: Table, latents: Array, model: Model, noises: Array) -> tuple[list[Array], list[Array]]:
+    """(what the UNet saw, the latents after) at every step. latents: any shape, unit Gaussian; noises: [n, *shape]."""
+    state = np.zeros((table.state_size, *latents.shape))
+    state[0] = table.initial_scale * latents
+    seen, reached = [], []
+    for i, timestep in enumerate(table.timesteps):
+        seen.append(np.tensordot(table.model_input[i], state, axes=1))
+        out = model(seen[-1], timestep, i)
+        state = np.tensordot(table.update[i], np.stack([*state, out, noises[i]]), axes=1)
+        reached.append(state[0])
+    return seen, reached
