@@ -1,0 +1,331 @@
+"""CLIP's byte-level BPE: prompts to rows of token ids, through the `tokenizers` package.
+
+The standard is transformers' CLIPTokenizer, version 5: NFC, runs of white space to one blank, lower case, no ftfy.
+Algorithm: Sennrich et al. 2016 (arXiv 1508.07909) over bytes, as in Radford et al. 2021.
+
+A folder says which strings are special in one of three ways, depending on what wrote it, and all three are read here:
+`special_tokens_map.json` beside `tokenizer_config.json` (the SD 1 and SD 2 releases), `added_tokens_decoder` inside
+`tokenizer_config.json` (transformers 4.34 and later), `added_tokens` inside `tokenizer.json` (transformers 5).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+
+from fastsd.errors import CheckpointError, PromptError
+
+MAX_PROMPT_BYTES = 1_000_000
+"""The largest prompt encoded, in bytes of UTF-8."""
+
+_MAX_FILE_BYTES = 64 << 20  # CLIP's own vocabulary takes 2 MB
+_CLIP_MAX_LENGTH = 77
+
+# CLIP's words, which BPE does not cross. The byte-level step after it splits once more, by GPT-2's pattern.
+_CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+# In the order transformers adds them: of two entries with the same text the later one decides how it is matched.
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_DEFAULT_NAMES: dict[str, str | AddedToken] = {
+    "bos_token": "<|startoftext|>",
+    "eos_token": "<|endoftext|>",
+    "unk_token": "<|endoftext|>",
+    "pad_token": "<|endoftext|>",
+}
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Encoded prompts, ready for the text encoder."""
+
+    ids: list[list[int]]
+    """One row a prompt, each `max_length` long: start, words, end, padding."""
+    dropped: list[str]
+    """Per prompt, the text past the limit that the ids do not hold; "" where all of it fitted."""
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A CLIP tokenizer. Immutable, so any number of threads may share one."""
+
+    max_length: int
+    start_id: int
+    end_id: int
+    pad_id: int
+    vocab_size: int
+    """One more than the largest id: the rows that the text encoder's embedding must at least have."""
+    _bpe: tokenizers.Tokenizer = field(repr=False, compare=False)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "Tokenizer":
+        """Read a diffusers `tokenizer/` folder. CheckpointError, naming the file, where one is missing or damaged."""
+        folder = Path(folder)
+        config = _read_json(folder / "tokenizer_config.json", optional=True)
+        _check_sides(config, folder / "tokenizer_config.json")
+        fast = _read_json(folder / "tokenizer.json", optional=True)  # transformers prefers it where a folder has both
+        vocab_file, merges_file = _vocabulary_files(folder, fast)
+        vocab, merges = _vocabulary(vocab_file, merges_file, fast)
+        named, added = _special_tokens(folder, config, fast)
+        for key in ("bos_token", "eos_token", "unk_token"):
+            if str(named[key]) not in vocab:
+                raise CheckpointError(f"{vocab_file}: does not hold {key} {str(named[key])!r}, so this is not CLIP's")
+        bpe = _build(vocab, merges, str(named["unk_token"]), merges_file)
+        bpe.add_tokens(added)
+        return cls(
+            max_length=_max_length(config, folder / "tokenizer_config.json"),
+            start_id=_token_id(bpe, named, "bos_token", vocab_file),
+            end_id=_token_id(bpe, named, "eos_token", vocab_file),
+            pad_id=_token_id(bpe, named, "pad_token", vocab_file),
+            vocab_size=max(bpe.get_vocab(with_added_tokens=True).values()) + 1,
+            _bpe=bpe,
+        )
+
+    def encode(self, prompts: Sequence[str]) -> Tokens:
+        """Encode prompts as diffusers does: cut to `max_length`, the end token kept, padded on the right.
+
+        What fell off is given from the first character of the first lost token, in the prompt's own spelling.
+        PromptError for anything but strings, for lone surrogates, and beyond MAX_PROMPT_BYTES.
+        """
+        if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence):
+            raise PromptError(f"prompts must be a list of strings, not {type(prompts).__name__}")
+        rows = [self._encode(prompt, index) for index, prompt in enumerate(prompts)]
+        return Tokens(ids=[ids for ids, _ in rows], dropped=[dropped for _, dropped in rows])
+
+    def _encode(self, prompt: str, index: int) -> tuple[list[int], str]:
+        _check_prompt(prompt, index)
+        # Start, end and padding are put on here: the library's own way of doing it is state of the shared object.
+        encoding = self._bpe.encode(prompt, add_special_tokens=False)
+        words, room = encoding.ids, self.max_length - 2
+        dropped = prompt[encoding.offsets[room][0] :].strip() if len(words) > room else ""
+        ids = [self.start_id, *words[:room], self.end_id]
+        return ids + [self.pad_id] * (self.max_length - len(ids)), dropped
+
+
+def _check_prompt(prompt: str, index: int) -> None:
+    if not isinstance(prompt, str):
+        raise PromptError(f"prompt {index} is not a string but {type(prompt).__name__}")
+    try:
+        size = len(prompt.encode("utf-8"))
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"prompt {index} holds a lone surrogate (U+{ord(prompt[error.start]):04X}) at character {error.start}; "
+            "decode the text as UTF-8"
+        ) from None
+    if size > MAX_PROMPT_BYTES:
+        raise PromptError(f"prompt {index} has {size:,} bytes; at most {MAX_PROMPT_BYTES:,} are encoded, so shorten it")
+
+
+def _build(vocab: dict[str, int], merges: list[tuple[str, str]], unknown: str, source: Path) -> tokenizers.Tokenizer:
+    try:
+        model = BPE(
+            vocab=vocab, merges=merges, unk_token=unknown, end_of_word_suffix="</w>", continuing_subword_prefix=""
+        )
+    except Exception as error:  # the library raises a bare Exception for merges that the vocabulary does not hold
+        raise CheckpointError(
+            f"{source}: the merges do not fit the vocabulary ({error}); fetch the folder again"
+        ) from error
+    bpe = tokenizers.Tokenizer(model)
+    bpe.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_CLIP_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    return bpe
+
+
+def _token_id(bpe: tokenizers.Tokenizer, named: Mapping[str, str | AddedToken], key: str, source: Path) -> int:
+    index = bpe.token_to_id(str(named[key]))
+    if index is None:
+        raise CheckpointError(f"{source}: there is no {key} {str(named[key])!r}; fetch the folder again")
+    return int(index)
+
+
+def _special_tokens(
+    folder: Path, config: Mapping[str, Any], fast: Mapping[str, Any]
+) -> tuple[dict[str, str | AddedToken], list[str | AddedToken]]:
+    """The named tokens (bos_token, …) and everything to be matched as one token, in the order in which to add it."""
+    # A name that is null in the file means the same as one left out: CLIP's default.
+    given = {key: config[key] for key in _NAMED_TOKENS if config.get(key) is not None}
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens")
+    if "added_tokens_decoder" in config:
+        listed = _numbered_tokens(config["added_tokens_decoder"], folder / "tokenizer_config.json")
+    else:
+        legacy_map = _read_json(folder / "special_tokens_map.json", optional=True)
+        given |= {key: legacy_map[key] for key in _NAMED_TOKENS if legacy_map.get(key) is not None}
+        extra = legacy_map.get("additional_special_tokens") or extra
+        names = {_text(token) for token in given.values()}
+        listed = _legacy_added_tokens(folder / "added_tokens.json", names) | _listed_tokens(
+            fast, folder / "tokenizer.json"
+        )
+
+    by_text = {str(token): token for token in listed.values()}
+    source = folder / "tokenizer_config.json"
+    named = _DEFAULT_NAMES | {key: _added_token(token, f"{source}: {key}") for key, token in given.items()}
+    named = {key: by_text.get(str(token), token) for key, token in named.items()}
+    extras = [_added_token(token, f"{source}: additional_special_tokens") for token in extra or () if token is not None]
+
+    added: list[str | AddedToken] = [listed[index] for index in sorted(listed)]
+    for token in [*(named[key] for key in _NAMED_TOKENS if key in named), *extras]:
+        # A plain string and an entry with flags are two entries even when their text is the same, as in transformers:
+        # "pad_token": "<|endoftext|>" overrides how the "eos_token" entry of that text is matched.
+        if str(token) not in by_text and token not in added:
+            added.append(token)
+    return named, [AddedToken(token, special=True) if isinstance(token, str) else token for token in added]
+
+
+def _added_token(value: Any, where: str) -> str | AddedToken:
+    if isinstance(value, str):
+        return value
+    try:
+        flags = {key: bool(value.get(key, default)) for key, default in _TOKEN_FLAGS.items()}
+        return AddedToken(value["content"], **flags)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{where} must be a string or an object with `content`; fetch the file again") from error
+
+
+_TOKEN_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": True}
+
+
+def _numbered_tokens(entries: Any, source: Path) -> dict[int, AddedToken]:
+    """`added_tokens_decoder`: {"49407": {"content": …}, …}."""
+    try:
+        return {int(index): AddedToken(**_without_type(token)) for index, token in entries.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{source}: added_tokens_decoder is damaged ({error}); fetch the file again") from error
+
+
+def _listed_tokens(fast: Mapping[str, Any], source: Path) -> dict[int, AddedToken]:
+    """`added_tokens` of tokenizer.json: [{"id": 49407, "content": …}, …]."""
+    try:
+        entries = [dict(token) for token in fast.get("added_tokens") or ()]
+        return {int(token.pop("id")): AddedToken(**_without_type(token)) for token in entries}
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{source}: added_tokens is damaged ({error}); fetch the file again") from error
+
+
+def _legacy_added_tokens(source: Path, special: set[str]) -> dict[int, AddedToken]:
+    """added_tokens.json, {"<cat>": 49408}: words that a textual inversion added."""
+    entries = _read_json(source, optional=True)
+    if not all(_is_id(index) for index in entries.values()):
+        raise CheckpointError(f"{source}: every value must be a token id; fetch the file again")
+    return {
+        index: AddedToken(text, normalized=text not in special, special=text in special)
+        for text, index in entries.items()
+    }
+
+
+def _without_type(token: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in token.items() if key != "__type"}
+
+
+def _text(token: Any) -> str:
+    return str(token.get("content")) if isinstance(token, dict) else str(token)
+
+
+def _vocabulary_files(folder: Path, fast: Mapping[str, Any]) -> tuple[Path, Path]:
+    return (folder / "tokenizer.json",) * 2 if fast else (folder / "vocab.json", folder / "merges.txt")
+
+
+def _vocabulary(
+    vocab_file: Path, merges_file: Path, fast: Mapping[str, Any]
+) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """token → id, and the merges in order of rank."""
+    if fast:
+        model = fast.get("model")
+        if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
+            raise CheckpointError(
+                f"{vocab_file}: `model` must be BPE, as CLIP's is; this folder is of another tokenizer"
+            )
+        return _checked_vocab(model.get("vocab"), vocab_file), _checked_merges(model.get("merges"), merges_file)
+    vocab = _checked_vocab(_read_json(vocab_file), vocab_file)
+    # Not splitlines(): it also splits where byte-level BPE has ordinary symbols.
+    lines = [line.removesuffix("\r") for line in _read_text(merges_file).removesuffix("\n").split("\n")]
+    return vocab, _checked_merges([line for line in lines if not line.startswith("#version")], merges_file)
+
+
+def _checked_vocab(vocab: Any, source: Path) -> dict[str, int]:
+    if not isinstance(vocab, dict) or not vocab or not all(_is_id(index) for index in vocab.values()):
+        raise CheckpointError(f"{source}: the vocabulary must map tokens to ids of 0 and above; fetch the file again")
+    if len(set(vocab.values())) != len(vocab):
+        raise CheckpointError(f"{source}: two tokens share an id; fetch the file again")
+    return vocab
+
+
+def _checked_merges(merges: Any, source: Path) -> list[tuple[str, str]]:
+    """Merges come as "a b" or, in newer tokenizer.json files, as ["a", "b"]."""
+    if not isinstance(merges, list):
+        raise CheckpointError(f"{source}: no list of merges; fetch the file again")
+    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else merge for merge in merges]
+    for line, pair in enumerate(pairs, start=1):
+        if (
+            not isinstance(pair, tuple | list)
+            or len(pair) != 2
+            or not all(isinstance(part, str) and part for part in pair)
+        ):
+            raise CheckpointError(
+                f"{source}: merge {line} is not two symbols with a blank between; fetch the file again"
+            )
+    return [(left, right) for left, right in pairs]
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+def _max_length(config: Mapping[str, Any], source: Path) -> int:
+    length = config.get("model_max_length")
+    if length is None or (isinstance(length, int | float) and length > 1e9):  # transformers' "unlimited" is 1e30
+        return _CLIP_MAX_LENGTH
+    if not _is_id(length) or not 3 <= length <= 4096:
+        raise CheckpointError(f"{source}: model_max_length is {length!r}; it must be a whole number from 3 to 4096")
+    return int(length)
+
+
+def _check_sides(config: Mapping[str, Any], source: Path) -> None:
+    for key in ("padding_side", "truncation_side"):
+        if config.get(key, "right") != "right":
+            raise CheckpointError(
+                f"{source}: {key} is {config[key]!r}; fastsd pads and cuts on the right, as CLIP was trained"
+            )
+
+
+def _read_json(path: Path, optional: bool = False) -> dict[str, Any]:
+    """A file's JSON object; {} for an optional file that is not there."""
+    if optional and not path.is_file():
+        return {}
+    try:
+        value = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}); fetch the file again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object, not {type(value).__name__}; fetch the file again")
+    return value
+
+
+def _read_text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MAX_FILE_BYTES + 1)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} is missing; a tokenizer needs vocab.json and merges.txt, or tokenizer.json"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    if len(content) > _MAX_FILE_BYTES:
+        raise CheckpointError(f"{path}: over {_MAX_FILE_BYTES >> 20} MB; this is not a CLIP vocabulary")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            f"{path}: not UTF-8 ({error.reason} at byte {error.start}); fetch the file again"
+        ) from error
