@@ -1,8 +1,24 @@
 """fastsd: Stable Diffusion, fast and checked. `fastsd.Pipeline().generate("a red circle").images[0]`."""
 
-from fastsd.pipeline import Pipeline
-from fastsd.result import Result
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastsd.pipeline import Pipeline
+    from fastsd.result import Result
 
 __version__ = "0.1.0"
 
 __all__ = ["Pipeline", "Result", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the pipeline, and PyTorch with it, when it is first asked for: `fastsd --help` need not wait for them."""
+    if name == "Pipeline":
+        from fastsd.pipeline import Pipeline
+
+        return Pipeline
+    if name == "Result":
+        from fastsd.result import Result
+
+        return Result
+    raise AttributeError(f"module 'fastsd' has no attribute {name!r}")

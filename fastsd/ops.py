@@ -80,6 +80,10 @@ def group_norm(
 ) -> Tensor:
     """Group norm, then SiLU if asked. x [B, H, W, C] → same; with a skip [B, H, W, C₂] laid beside x: [B, H, W, C+C₂]."""
     x = _beside(x, skip)
+    if x.dtype == torch.float32:
+        # PyTorch's NHWC kernel for CPUs takes the variance as E[x²] − E[x]²: 1e-3 off where the mean is 100 times the
+        # deviation. Without the mean there is nothing to cancel; half precision has coarser errors of its own.
+        x = x - _group_mean(x, groups)
     y = _nhwc(F.group_norm(_nchw(x), groups, w, b, eps))
     return F.silu(y) if silu else y
 
@@ -118,7 +122,7 @@ def upsample_conv2d(
 ) -> Tensor:
     """Nearest ×2, then a 3×3 convolution with padding 1. x [B, H, W, C], w [O, C, 3, 3] → [B, 2H, 2W, O].
 
-    size (H', W') crops the enlarged image before the convolution: a skip of odd height 2H−1 asks for one row less.
+    size (H', W') is what to enlarge to instead: beside a skip of odd height 2H−1 there is one row less.
     """
     return convolve(upsample(x, size), w, b, 1, (1, 1, 1, 1))
 
@@ -146,9 +150,8 @@ def guide(out: Tensor, row: StepRow) -> Tensor:
 
 
 def upsample(x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-    """Nearest ×2, cropped to size. [B, H, W, C] → [B, 2H, 2W, C]."""
-    y = _nhwc(F.interpolate(_nchw(x), scale_factor=2.0, mode="nearest"))
-    return y if size is None else y[:, : size[0], : size[1]]
+    """Nearest neighbour to size (H', W'), by default twice the height and width. [B, H, W, C] → [B, H', W', C]."""
+    return _nhwc(F.interpolate(_nchw(x), size=size or (2 * x.shape[1], 2 * x.shape[2]), mode="nearest"))
 
 
 def _quick_gelu(x: Tensor) -> Tensor:
@@ -165,6 +168,12 @@ def _nchw(x: Tensor) -> Tensor:
 
 def _nhwc(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1)
+
+
+def _group_mean(x: Tensor, groups: int) -> Tensor:
+    """Mean of each group, repeated for its channels. [B, H, W, C] → [B, 1, 1, C]."""
+    mean = x.mean((1, 2)).unflatten(-1, (groups, -1))
+    return mean.mean(-1, keepdim=True).expand_as(mean).flatten(1)[:, None, None]
 
 
 def _beside(x: Tensor, skip: Tensor | None) -> Tensor:

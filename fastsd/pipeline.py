@@ -1,0 +1,391 @@
+"""What happens to a prompt, from top to bottom.
+
+prompt ─tokenizer─► tokens [P, 77] ─CLIP─► context [2B, 77, C] ──────────┐ (cross-attention K/V: once a prompt)
+seed ─► latents [B, H/8, W/8, 4] ─► UNet × n, each followed by one row of ─► VAE decode ─► image [B, H, W, 3]
+sampler ─► table (timesteps, update matrices): once, in fp64, on the host ─┘
+"""
+
+import copy
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from fastsd import images, metadata
+from fastsd.checkpoints import open_folder, resolve
+from fastsd.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
+from fastsd.errors import NumericsError, ParameterError, PromptError
+from fastsd.kernels import onednn
+from fastsd.models.clip import CLIPText
+from fastsd.models.unet import UNet
+from fastsd.models.vae import VAE
+from fastsd.noise import NoiseSource
+from fastsd.ops import REFERENCE, Ops, StepRow, onednn_ops
+from fastsd.prompt import encode_prompts
+from fastsd.request import Request, StepCallback, check_request, check_seeds, choice
+from fastsd.result import Result
+from fastsd.sampling import SAMPLERS, NoiseSchedule, Table, make_table
+from fastsd.tokenizer import Tokenizer
+
+BUNDLED = Path(__file__).parent / "assets" / "shapes-64"
+BACKENDS = ("auto", "triton", "onednn", "reference")
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+}
+
+logger = logging.getLogger("fastsd")
+
+
+class Pipeline:
+    """A Stable Diffusion model, ready to draw. `Pipeline()` is the small model that comes with fastsd.
+
+    Its methods keep no state between calls: threads may share one Pipeline, and each gets what it would get alone.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = BUNDLED,
+        *,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        backend: str = "auto",
+        variant: str | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        allow_pickle: bool = False,
+    ) -> None:
+        """Load a model: a diffusers folder, or a Hugging Face Hub id (`owner/name`).
+
+        device: "auto" (cuda if there is one, else cpu), "cpu", "cuda", "cuda:1". dtype: "auto" (fp16 on cuda, fp32 on the
+        cpu), "float32", "float16", "bfloat16" or a torch.dtype. backend: "auto"; "reference" is plain PyTorch, "onednn" that
+        with packed weights on the CPU, "triton" our kernels on the GPU.
+        variant: which weight files, e.g. "fp16". revision, token, cache_dir, local_files_only: as huggingface_hub takes
+        them. allow_pickle: also read `.bin` weights, which old folders hold (never code).
+
+        Raises CheckpointError (HubError for the Hub) if the model cannot be had or is not SD 1.x or 2.x, and
+        ParameterError for the arguments.
+        """
+        self.device = select_device(device)
+        self.dtype = select_dtype(dtype, self.device)
+        self.ops = select_ops(backend, self.device)
+        path = resolve(
+            model,
+            revision=revision,
+            variant=variant,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        folder = open_folder(path, variant=variant, allow_pickle=allow_pickle)
+        self.name = str(model) if str(model) != str(path) else path.resolve().name
+        self.config = ModelConfig(
+            text_encoder=CLIPConfig.from_json(folder.text_encoder),
+            unet=UNetConfig.from_json(folder.unet),
+            vae=VAEConfig.from_json(folder.vae),
+        )
+        # Stable Diffusion was trained to be sampled from timestep 1; diffusers overrides older configs likewise.
+        self.noise_schedule = NoiseSchedule.from_config(folder.scheduler | {"steps_offset": 1})
+        self.tokenizer = Tokenizer.from_folder(folder.tokenizer)
+        with torch.device("meta"):
+            self.text_encoder = CLIPText(self.config.text_encoder, self.ops)
+            self.unet = UNet(self.config.unet, self.ops)
+            self.vae = VAE(self.config.vae, self.ops)
+        nets: dict[str, nn.Module] = {"text_encoder": self.text_encoder, "unet": self.unet, "vae": self.vae}
+        for component, net in nets.items():
+            folder.load_weights(component, net, self.dtype, self.device)
+            net.eval()
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, **options: Any) -> "Pipeline":
+        """A diffusers folder or a Hub id; options as the constructor takes them."""
+        return cls(name_or_path, **options)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        guidance_rescale: float = 0.0,
+        num_images_per_prompt: int = 1,
+        seed: int | Sequence[int] | None = None,
+        sampler: str | None = None,
+        schedule: str | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        eta: float = 0.0,
+        clip_skip: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: StepCallback | None = None,
+    ) -> Result:
+        """Draw images from a prompt. Names and defaults are diffusers'.
+
+        prompt, negative_prompt: one or several; cut at 77 tokens, and then a warning says what fell off.
+        height, width: pixels, multiples of 8; default the size the model was trained at.
+        num_inference_steps: 1 to the length of the noise schedule (1000). guidance_scale: above 1, classifier-free
+        guidance. guidance_rescale: 0 to 1 (arXiv 2305.08891).
+        seed: of the first image, the next take seed + 1, …; or one a image; None or −1: random. An image depends on its
+        own seed alone: it comes out the same in any batch. generator: torch's, instead of seed, as diffusers uses it.
+        sampler, schedule: see `fastsd samplers`; default the checkpoint's own. timesteps, sigmas: custom, where the sampler
+        takes them. eta: 0 to 1, the noise of DDIM.
+        clip_skip: CLIP layers to leave out at the end, 1 = penultimate.
+        latents: the initial noise [B, 4, H/8, W/8]. prompt_embeds: [P, L, C] instead of prompt.
+        output_type: "pil", "np", "pt" or "latent"; see Result.images.
+        callback_on_step_end: f(pipeline, step, timestep, {"latents": [B, 4, H/8, W/8], "num_steps": n}) after each step;
+        may return {"latents": replacement}; an exception it raises cancels the call and reaches the caller.
+
+        Raises PromptError, ParameterError; NumericsError if a net produces a non-finite value.
+        """
+        request = check_request(
+            self.config,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            num_images_per_prompt=num_images_per_prompt,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            eta=eta,
+            clip_skip=clip_skip,
+            seed=seed,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+        )
+        table = make_table(
+            self.noise_schedule,
+            request.steps,
+            sampler,
+            schedule,
+            eta=request.eta,
+            timesteps=timesteps,
+            sigmas=sigmas,
+        )
+        clock = Stopwatch(self.device)
+        notes = list(request.warnings)
+        with clock.stage("text"):
+            context = self._encode_text(request, notes)
+        with clock.stage("unet"):
+            x = self._denoise(request, table, context, callback_on_step_end)
+        with clock.stage("vae"):
+            drawn = self._draw(x, request.output_type, notes)
+        for note in notes:
+            logger.warning(note)
+        return Result(drawn, request.seeds, clock.timings, self._parameters(request, table), notes)
+
+    @torch.inference_mode()
+    def encode_image(self, image: Any, seed: int | Sequence[int] | None = None) -> Tensor:
+        """Images → latents as the UNet sees them, [B, C, H/8, W/8] fp32.
+
+        image: a path, PIL images, an array or a tensor; see `fastsd.images.to_tensor`. Without a seed the latents are the
+        mean of the VAE's distribution; with one (image i of a batch takes seed + i) they are a sample of it.
+        """
+        x = images.to_tensor(image, self.config.vae.downscale).to(self.device, self.dtype)
+        noise = None
+        if seed is not None:
+            unit = self.config.vae.downscale
+            size = (x.shape[1] // unit, x.shape[2] // unit, self.config.vae.latent_channels)
+            noise = NoiseSource.from_seeds(check_seeds(seed, len(x))).draw(*size, self.device).to(self.dtype)
+        return _nchw(self.vae.encode(x, noise).float())
+
+    @torch.inference_mode()
+    def decode_latents(self, latents: Tensor, output_type: str = "pil") -> "list[Image.Image] | np.ndarray | Tensor":
+        """Latents [B, C, H/8, W/8], as `encode_image` or output_type="latent" gives them → images as output_type asks."""
+        return self._draw(_nhwc(latents.to(self.device, torch.float32)), output_type, [])
+
+    def _encode_text(self, request: Request, notes: list[str]) -> Tensor:
+        """→ context [B, L, C], or [2B, L, C] = (negative, positive) with guidance."""
+        positive, negative = request.prompt_embeds, request.negative_prompt_embeds
+        prompts = request.prompts or []
+        negatives = (request.negative_prompts or []) if request.guided else []
+        if prompts or negatives:
+            context, cut = encode_prompts(self.tokenizer, self.text_encoder, [*negatives, *prompts], request.clip_skip)
+            notes += cut
+            negative = context[: len(negatives)] if negatives else negative
+            positive = context[len(negatives) :] if prompts else positive
+        assert positive is not None
+        parts = [positive]
+        if request.guided:
+            assert negative is not None
+            if negative.shape != positive.shape:
+                raise PromptError(
+                    f"prompt_embeds: {positive.shape[1]} tokens, but the negative prompt has {negative.shape[1]}; give "
+                    "negative_prompt_embeds of the same shape"
+                )
+            parts = [negative, positive]
+        return torch.cat(
+            [part.to(self.device, self.dtype).repeat_interleave(request.images_per_prompt, 0) for part in parts]
+        )
+
+    def _denoise(self, request: Request, table: Table, context: Tensor, callback: StepCallback | None) -> Tensor:
+        """The loop of every sampler: noise → latents [B, H, W, C] fp32."""
+        steps, batch = len(table.timesteps), request.batch
+        size = (request.height // self.config.vae.downscale, request.width // self.config.vae.downscale)
+        shape = (*size, self.config.vae.latent_channels)
+
+        # Once a prompt, once a schedule: nothing below this block is computed twice.
+        keys = self.unet.project_context(context)
+        time_bias = self.unet.project_time(self._fp32(table.timesteps))  # [n, T]
+        model_input, update = self._fp32(table.model_input), self._fp32(table.update)  # [n, S], [n, S, S+2]
+        guidance = torch.full((batch,), request.guidance_scale, device=self.device)
+        rescale = torch.full_like(guidance, request.guidance_rescale) if request.guidance_rescale else None
+        finite = torch.ones(steps, dtype=torch.bool, device=self.device)
+
+        unit = request.noise.draw(*shape, self.device) if request.latents is None else _nhwc(request.latents)
+        state = torch.zeros(update.shape[1], batch, *shape, device=self.device)  # [S, B, H, W, C]
+        state[0] = table.initial_scale * unit.to(self.device, torch.float32)
+        for step in range(steps):
+            x = torch.einsum("s,sbhwc->bhwc", model_input[step], state).to(self.dtype)
+            x = torch.cat((x, x)) if request.guided else x
+            out = self.unet(x, time_bias[step].expand(len(x), -1), keys)
+            noise = request.noise.draw(*shape, self.device) if table.needs_noise(step) else None
+            row = StepRow(update[step].expand(batch, -1, -1), guidance, rescale)
+            state = self.ops.sampler_step(state, out, noise, row)
+            finite[step] = state[0].isfinite().all()
+            if callback is not None:
+                self._call_back(callback, step, table, state)
+        if not finite.all():
+            first = int(finite.logical_not().nonzero()[0])
+            raise NumericsError(
+                f"unet: a non-finite value at step {first + 1} of {steps} in {self.dtype}; try dtype='float32', "
+                "and `fastsd verify` on the checkpoint"
+            )
+        return state[0]
+
+    def _call_back(self, callback: StepCallback, step: int, table: Table, state: Tensor) -> None:
+        values: dict[str, Any] = {"latents": _nchw(state[0]).clone(), "num_steps": len(table.timesteps)}
+        replaced = (callback(self, step, float(table.timesteps[step]), values) or {}).get("latents")
+        if replaced is not None:
+            shape = values["latents"].shape
+            if replaced.shape != shape:
+                found = tuple(replaced.shape)
+                raise ParameterError(f"callback_on_step_end: returned latents of shape {found}, not {tuple(shape)}")
+            state[0] = _nhwc(replaced.to(self.device, torch.float32))
+
+    def _draw(self, latents: Tensor, output_type: str, notes: list[str]) -> "list[Image.Image] | np.ndarray | Tensor":
+        """Latents [B, H, W, C] → what output_type asks for."""
+        choice("output_type", output_type, images.OUTPUT_TYPES)
+        if output_type == "latent":
+            return _nchw(latents)
+        image = self.vae.decode(latents.to(self.dtype))
+        if not image.isfinite().all() and self.dtype != torch.float32:
+            notes.append(f"vae: non-finite values in {self.dtype}; decoded again in float32")
+            image = copy.deepcopy(self.vae).float().decode(latents)
+        if not image.isfinite().all():
+            raise NumericsError(
+                "vae: the decoded image holds non-finite values; the latents or the checkpoint are damaged"
+            )
+        return images.from_tensor(image, output_type)
+
+    def _parameters(self, request: Request, table: Table) -> list[str]:
+        """A1111's text for each image."""
+        per_prompt = request.images_per_prompt
+        texts = []
+        for index in range(request.batch):
+            fields = {
+                "prompt": request.prompts[index // per_prompt] if request.prompts else "",
+                "negative_prompt": request.negative_prompts[index // per_prompt] if request.negative_prompts else "",
+                "steps": request.steps,
+                "sampler": SAMPLERS[table.sampler].label,
+                "schedule_type": table.schedule.capitalize(),
+                "cfg_scale": request.guidance_scale,
+                "seed": request.seeds[index] if request.seeds else None,
+                "width": request.width,
+                "height": request.height,
+                "model": self.name,
+                "clip_skip": request.clip_skip + 1,  # A1111 counts the last layer as 1
+            }
+            texts.append(metadata.format_parameters({key: value for key, value in fields.items() if value is not None}))
+        return texts
+
+    def _fp32(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device, torch.float32)
+
+
+class Stopwatch:
+    """Milliseconds a stage; on a GPU a stage ends when its work has."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.timings: dict[str, float] = {"total": 0.0}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.timings[name] = (time.perf_counter() - start) * 1e3
+        self.timings["total"] += self.timings[name]
+
+
+def select_device(device: str | torch.device) -> torch.device:
+    """ "auto": cuda if there is one, else cpu. ParameterError if the device is unknown or absent."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ParameterError(f"device: {device!r} is unknown; choose auto, cpu or cuda") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise ParameterError(f"device: {device!r} is not supported; choose auto, cpu or cuda")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ParameterError(f"device: {device!r} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    return chosen
+
+
+def select_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """ "auto": fp16 on cuda, fp32 on the cpu."""
+    if dtype == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen not in DTYPES.values():
+        raise ParameterError(f"dtype: {dtype!r} is unknown; choose auto, float32, float16 or bfloat16")
+    return chosen
+
+
+def select_ops(backend: str, device: torch.device) -> Ops:
+    """The ops of a backend. "auto": the fastest that is proven for the device.
+
+    ParameterError for one that is unknown, or that this machine or this version cannot run.
+    """
+    choice("backend", backend, BACKENDS)
+    if backend == "triton":
+        raise ParameterError("backend: the Triton kernels are not in this version yet; choose auto or reference")
+    packed = device.type == "cpu" and onednn.available()
+    if backend == "onednn" and not packed:
+        raise ParameterError("backend: onednn needs the CPU and a PyTorch built with oneDNN; choose auto or reference")
+    return onednn_ops() if packed and backend != "reference" else REFERENCE
+
+
+def _nchw(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2).contiguous()
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).contiguous()

@@ -1,0 +1,415 @@
+"""What a Pipeline promises: meaning, seeds that reproduce alone, threads, callbacks, errors that leave it whole."""
+
+import logging
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fastsd
+from fastsd.errors import FastSDError, NumericsError, ParameterError, PromptError
+from tests import oracle
+from tests.tolerances import BATCH_LEVELS, BATCH_SHARE
+
+PROMPT = "a large red circle in the center on a white background"
+FAST: dict[str, Any] = {"num_inference_steps": 3}
+
+
+def pixels(result: fastsd.Result, index: int = 0) -> np.ndarray:
+    return np.asarray(result.images[index])
+
+
+# Meaning --------------------------------------------------------------------------------------------------------------
+
+COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220), "yellow": (240, 220, 40)}
+# How much of its bounding box a shape fills: 1, π/4, 1/2.
+FILLS = {"square": (0.85, 1.0), "circle": (0.7, 0.85), "triangle": (0.4, 0.65)}
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m", "euler", "euler_ancestral", "ddpm"])
+@pytest.mark.parametrize(
+    ("colour", "shape", "place"),
+    [("red", "circle", "center"), ("blue", "square", "left"), ("green", "triangle", "right")],
+)
+def test_the_picture_shows_what_the_prompt_says(sampler: str, colour: str, shape: str, place: str) -> None:
+    """On the default backend; PLMS needs 50 steps to draw with this model, so it is judged apart."""
+    steps = 50 if sampler == "ddpm" else 20
+    assert_drawn(colour, shape, place, sampler, steps)
+
+
+def test_plms_draws_at_50_steps() -> None:
+    assert_drawn("blue", "square", "left", "plms", 50)
+
+
+def assert_drawn(colour: str, shape: str, place: str, sampler: str, steps: int) -> None:
+    where = {"center": "in the center", "left": "on the left", "right": "on the right"}[place]
+    prompt = f"a large {colour} {shape} {where} on a white background"
+    result = default_pipe().generate(prompt, num_inference_steps=steps, guidance_scale=4.0, seed=7, sampler=sampler)
+    image = pixels(result).astype(float)
+    ink = np.abs(image - 255).max(-1) > 100  # what differs from the white background
+    assert 0.04 < ink.mean() < 0.6, f"{prompt} ({sampler}): {ink.mean():.0%} of the picture is not background"
+    drawn = image[ink].mean(0)
+    nearest = min(COLOURS, key=lambda name: float(np.abs(drawn - COLOURS[name]).sum()))
+    assert nearest == colour, f"{prompt} ({sampler}): drawn in {drawn.round()}, nearest to {nearest}"
+    rows, columns = np.nonzero(ink)
+    fill = ink.sum() / ((np.ptp(rows) + 1) * (np.ptp(columns) + 1))
+    low, high = FILLS[shape]
+    assert low <= fill <= high, f"{prompt} ({sampler}): fills {fill:.2f} of its box, a {shape} fills {low} to {high}"
+    centre = columns.mean() / image.shape[1]
+    assert {"left": centre < 0.42, "center": 0.42 <= centre <= 0.58, "right": centre > 0.58}[place], (
+        f"{prompt}: {centre}"
+    )
+
+
+_default: list[fastsd.Pipeline] = []
+
+
+def default_pipe() -> fastsd.Pipeline:
+    """The bundled model as a user gets it: every argument on auto."""
+    if not _default:
+        _default.append(fastsd.Pipeline())
+    return _default[0]
+
+
+def test_the_default_backend_draws_the_reference_picture(pipe: fastsd.Pipeline) -> None:
+    ours = default_pipe().generate(PROMPT, num_inference_steps=20, seed=4, output_type="np").images
+    plain = pipe.generate(PROMPT, num_inference_steps=20, seed=4, output_type="np").images
+    assert oracle.psnr(ours, plain) >= 60
+
+
+@pytest.mark.parametrize(("dtype", "least"), [("bfloat16", 42.0), ("float16", 55.0)])
+def test_half_precision_pictures(pipe: fastsd.Pipeline, dtype: str, least: float) -> None:
+    """FAULTS' gates for a 20-step picture of a small model."""
+    half = fastsd.Pipeline(dtype=dtype, device="cpu")
+    arguments: dict[str, Any] = {"num_inference_steps": 20, "seed": 4, "guidance_scale": 4.0, "output_type": "np"}
+    quality = oracle.psnr(half.generate(PROMPT, **arguments).images, pipe.generate(PROMPT, **arguments).images)
+    assert quality >= least, f"{dtype}: {quality:.1f} dB against fp32"
+
+
+# Seeds ----------------------------------------------------------------------------------------------------------------
+
+
+def assert_same_levels(one: np.ndarray, other: np.ndarray, what: str) -> None:
+    """GEMMs of another batch size add up in another order: the last bits of a latent, at most a level of a pixel."""
+    levels = np.abs(one.astype(int) - other.astype(int))
+    assert levels.max() <= BATCH_LEVELS, f"{what}: differs by up to {levels.max()} levels"
+    assert (levels > 0).mean() < BATCH_SHARE, f"{what}: {(levels > 0).mean():.2%} of the values differ"
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler_ancestral"])
+def test_image_i_takes_seed_plus_i_and_comes_out_alone(pipe: fastsd.Pipeline, sampler: str) -> None:
+    together = pipe.generate(PROMPT, num_images_per_prompt=3, seed=40, sampler=sampler, **FAST)
+    assert together.seeds == [40, 41, 42]
+    for index, seed in enumerate(together.seeds):
+        alone = pipe.generate(PROMPT, seed=seed, sampler=sampler, **FAST)
+        assert_same_levels(pixels(together, index), pixels(alone), f"seed {seed} beside other images")
+    assert not np.array_equal(pixels(together, 0), pixels(together, 1)), "two seeds drew the same picture"
+
+
+def test_a_list_of_seeds_is_taken_as_given(pipe: fastsd.Pipeline) -> None:
+    result = pipe.generate([PROMPT, PROMPT], seed=[9, 2**64 - 1], **FAST)
+    assert result.seeds == [9, 2**64 - 1]
+    assert_same_levels(pixels(result, 0), pixels(pipe.generate(PROMPT, seed=9, **FAST)), "seed 9 beside another")
+
+
+def test_seeds_wrap_at_the_largest(pipe: fastsd.Pipeline) -> None:
+    assert pipe.generate(PROMPT, num_images_per_prompt=2, seed=2**64 - 1, **FAST).seeds == [2**64 - 1, 0]
+
+
+@pytest.mark.parametrize("seed", [None, -1])
+def test_a_random_seed_is_reported_and_reproduces(pipe: fastsd.Pipeline, seed: int | None) -> None:
+    first = pipe.generate(PROMPT, seed=seed, **FAST)
+    second = pipe.generate(PROMPT, seed=seed, **FAST)
+    assert first.seeds is not None
+    assert first.seeds != second.seeds
+    assert np.array_equal(pixels(first), pixels(pipe.generate(PROMPT, seed=first.seeds[0], **FAST)))
+
+
+def test_the_global_random_state_stays_untouched(pipe: fastsd.Pipeline) -> None:
+    before = torch.random.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    pipe.generate(PROMPT, sampler="euler_ancestral", **FAST)
+    assert torch.equal(torch.random.get_rng_state(), before[0])
+    assert np.array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
+
+
+def test_ten_calls_give_the_same_bits(pipe: fastsd.Pipeline) -> None:
+    images = [pipe.generate(PROMPT, seed=1, output_type="np", **FAST).images for _ in range(10)]
+    assert all(np.array_equal(images[0], image) for image in images)
+
+
+# Threads and callbacks ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_threads_on_one_pipeline_give_what_serial_gives(backend: str) -> None:
+    shared = fastsd.Pipeline(device="cpu", backend=backend)
+    requests: list[dict[str, Any]] = [
+        {"prompt": PROMPT, "seed": 1, "sampler": "ddim"},
+        {"prompt": "a blue star on a black background", "seed": 2, "sampler": "euler_ancestral", "width": 96},
+        {"prompt": "", "seed": 3, "sampler": "plms", "guidance_scale": 1.0},
+    ]
+    serial = [pixels(shared.generate(**request, num_inference_steps=6)) for request in requests]
+    drawn: dict[tuple[int, int], np.ndarray] = {}
+
+    def work(index: int) -> None:
+        for turn in range(3):
+            drawn[index, turn] = pixels(shared.generate(**requests[index], num_inference_steps=6))
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(requests))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(drawn) == 9, "a thread died"
+    for (index, turn), image in drawn.items():
+        assert np.array_equal(image, serial[index]), f"request {index}, turn {turn}: differs from serial"
+
+
+def test_callback_sees_every_step(pipe: fastsd.Pipeline) -> None:
+    seen: list[tuple[int, float, int]] = []
+
+    def callback(called: Any, step: int, timestep: float, values: dict[str, Any]) -> None:
+        assert called is pipe
+        assert values["latents"].shape == (1, 4, 16, 16)
+        seen.append((step, timestep, values["num_steps"]))
+
+    pipe.generate(PROMPT, num_inference_steps=5, sampler="ddim", seed=0, callback_on_step_end=callback)
+    assert [step for step, _, _ in seen] == [0, 1, 2, 3, 4]
+    assert [timestep for _, timestep, _ in seen] == [801.0, 601.0, 401.0, 201.0, 1.0]
+    assert {count for _, _, count in seen} == {5}
+
+
+def test_callback_may_replace_the_latents_as_in_diffusers(pipe: fastsd.Pipeline, diffusers_pipe: Any) -> None:
+    def halve(_: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        return {"latents": values["latents"] * 0.5} if step == 1 else {}
+
+    ours = pipe.generate(PROMPT, seed=6, output_type="np", callback_on_step_end=halve, **FAST).images
+    theirs = diffusers_pipe(
+        PROMPT, generator=[torch.Generator().manual_seed(6)], output_type="np", callback_on_step_end=halve, **FAST
+    ).images
+    assert oracle.psnr(ours, theirs) >= 60
+    with pytest.raises(ParameterError, match="latents of shape"):
+        pipe.generate(PROMPT, callback_on_step_end=lambda *_: {"latents": torch.zeros(1)}, **FAST)
+
+
+def test_an_exception_in_the_callback_cancels_within_the_step(pipe: fastsd.Pipeline) -> None:
+    expected = pixels(pipe.generate(PROMPT, seed=1, **FAST))
+    steps: list[int] = []
+
+    def cancel(_: Any, step: int, *__: Any) -> None:
+        steps.append(step)
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipe.generate(PROMPT, num_inference_steps=50, callback_on_step_end=cancel)
+    assert steps == [0, 1, 2]
+    assert np.array_equal(pixels(pipe.generate(PROMPT, seed=1, **FAST)), expected), "the next call was changed"
+
+
+# Results --------------------------------------------------------------------------------------------------------------
+
+
+def test_output_types_show_the_same_picture(pipe: fastsd.Pipeline) -> None:
+    drawn = {
+        kind: pipe.generate(PROMPT, seed=1, output_type=kind, **FAST).images for kind in ("pil", "np", "pt", "latent")
+    }
+    array = drawn["np"]
+    assert isinstance(array, np.ndarray)
+    assert array.shape == (1, 64, 64, 3)
+    assert array.dtype == np.float32
+    assert 0 <= array.min() < array.max() <= 1
+    assert np.array_equal(np.asarray(drawn["pil"][0]), (array[0] * 255).round().astype(np.uint8))
+    assert np.array_equal(np.moveaxis(drawn["pt"].numpy(), 1, -1), array)
+    assert drawn["latent"].shape == (1, 4, 16, 16)
+    assert np.array_equal(pipe.decode_latents(drawn["latent"], output_type="np"), array)
+
+
+def test_result_tells_how_it_was_made(pipe: fastsd.Pipeline) -> None:
+    result = pipe.generate(
+        ["a heart", "a star"], "a moon", num_images_per_prompt=2, seed=5, sampler="Euler a", clip_skip=1, **FAST
+    )
+    assert set(result.timings) == {"text", "unet", "vae", "total"}
+    parts = sum(ms for stage, ms in result.timings.items() if stage != "total")
+    assert result.timings["total"] == pytest.approx(parts)
+    assert all(ms > 0 for ms in result.timings.values())
+    assert len(result.parameters) == 4
+    assert result.parameters[2].splitlines() == [
+        "a star",
+        "Negative prompt: a moon",
+        "Steps: 3, Sampler: Euler a, Schedule type: Uniform, CFG scale: 7.5, Seed: 7, Size: 64x64, Model: shapes-64, "
+        f"Clip skip: 2, Version: fastsd-{fastsd.__version__}",
+    ]
+
+
+def test_a_prompt_too_long_is_cut_and_the_result_says_what_fell_off(
+    pipe: fastsd.Pipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = PROMPT + " circle" * 80 + " purple moon"
+    with caplog.at_level(logging.WARNING, "fastsd"):
+        result = pipe.generate(long, seed=1, **FAST)
+    assert len(result.warnings) == 1
+    assert "left out" in result.warnings[0]
+    assert "purple moon" in result.warnings[0]
+    assert "in the center" not in result.warnings[0]
+    assert result.warnings[0] in caplog.text
+    assert pipe.generate(PROMPT, seed=1, **FAST).warnings == []
+
+
+def test_a_negative_prompt_without_guidance_is_warned_of(pipe: fastsd.Pipeline) -> None:
+    result = pipe.generate(PROMPT, "a moon", guidance_scale=1.0, seed=1, **FAST)
+    assert "no effect" in result.warnings[0]
+    assert np.array_equal(pixels(result), pixels(pipe.generate(PROMPT, guidance_scale=1.0, seed=1, **FAST)))
+
+
+def test_reconstruction_through_the_vae(pipe: fastsd.Pipeline) -> None:
+    """Compression and reconstruction: the trained VAE gives back what its own decoder drew."""
+    drawn = pipe.generate(PROMPT, num_inference_steps=20, seed=1, guidance_scale=4.0).images[0]
+    again = pipe.decode_latents(pipe.encode_image(drawn), output_type="np")
+    quality = oracle.psnr(again[0], np.asarray(drawn) / 255.0)
+    assert quality > 30, f"{quality:.1f} dB"
+
+
+# Faults ---------------------------------------------------------------------------------------------------------------
+
+INF, NAN = float("inf"), float("nan")
+BAD_CALLS: dict[str, tuple[dict[str, Any], type[FastSDError], str]] = {
+    "height 0": ({"height": 0}, ParameterError, "height: 0"),
+    "height negative": ({"height": -8}, ParameterError, "height"),
+    "width not a multiple": ({"width": 66}, ParameterError, "width: 66 is not a multiple of 4; the nearest is 64"),
+    "width a float": ({"width": 64.0}, ParameterError, "width"),
+    "width a bool": ({"width": True}, ParameterError, "width"),
+    "over the pixel budget": ({"width": 8192, "height": 8192}, ParameterError, "budget of 16777216 pixels"),
+    "steps 0": ({"num_inference_steps": 0}, ParameterError, "num_inference_steps"),
+    "steps above the schedule": ({"num_inference_steps": 1001}, ParameterError, "num_inference_steps"),
+    "steps a bool": ({"num_inference_steps": True}, ParameterError, "num_inference_steps"),
+    "steps a string": ({"num_inference_steps": "20"}, ParameterError, "num_inference_steps"),
+    "guidance NaN": ({"guidance_scale": NAN}, ParameterError, "guidance_scale"),
+    "guidance Inf": ({"guidance_scale": INF}, ParameterError, "guidance_scale"),
+    "guidance a string": ({"guidance_scale": "7"}, ParameterError, "guidance_scale"),
+    "rescale above 1": ({"guidance_rescale": 1.5}, ParameterError, "guidance_rescale"),
+    "eta above 1": ({"eta": 1.5}, ParameterError, "eta"),
+    "seed too large": ({"seed": 2**64}, ParameterError, "seed"),
+    "seed -2": ({"seed": -2}, ParameterError, "seed"),
+    "seed a float": ({"seed": 1.0}, ParameterError, "seed"),
+    "seeds too few": ({"seed": [1, 2], "num_images_per_prompt": 3}, ParameterError, "list of 2 for 3 images"),
+    "seed and generator": ({"seed": 1, "generator": torch.Generator()}, ParameterError, "not both"),
+    "generators too few": ({"generator": [torch.Generator()], "num_images_per_prompt": 2}, ParameterError, "generator"),
+    "generator a number": ({"generator": [3]}, ParameterError, "generator"),
+    "no images": ({"num_images_per_prompt": 0}, ParameterError, "num_images_per_prompt"),
+    "too many images": ({"num_images_per_prompt": 257}, ParameterError, "from 1 to 256"),
+    "too many images together": ({"prompt": ["a"] * 200, "num_images_per_prompt": 2}, ParameterError, "at most 256"),
+    "unknown sampler": ({"sampler": "eulr"}, ParameterError, "euler_ancestral"),
+    "unknown schedule": ({"schedule": "kerras"}, ParameterError, "karras"),
+    "unknown output": ({"output_type": "jpeg"}, ParameterError, "pil, np, pt, latent"),
+    "clip_skip of all layers": ({"clip_skip": 3}, ParameterError, "clip_skip"),
+    "latents of another size": ({"latents": torch.zeros(1, 4, 8, 8)}, ParameterError, r"\[1, 4, 16, 16\]"),
+    "latents with NaN": ({"latents": torch.full((1, 4, 16, 16), NAN)}, ParameterError, "latents"),
+    "no prompt": ({"prompt": None}, PromptError, "prompt"),
+    "prompt and embeddings": ({"prompt_embeds": torch.zeros(1, 77, 128)}, PromptError, "not both"),
+    "prompt a number": ({"prompt": 3}, PromptError, "prompt"),
+    "no prompts": ({"prompt": []}, PromptError, "prompt"),
+    "prompts of numbers": ({"prompt": ["a", 3]}, PromptError, "prompt"),
+    "a prompt of a megabyte": ({"prompt": "a " * 600_000}, PromptError, "prompt"),
+    "a lone surrogate": ({"prompt": "a \ud800 circle"}, PromptError, "surrogate"),
+    "negatives that do not match": ({"prompt": ["a", "b"], "negative_prompt": ["c"]}, PromptError, "1 given for 2"),
+    "embeddings of another width": ({"prompt": None, "prompt_embeds": torch.zeros(1, 77, 3)}, PromptError, "128"),
+    "embeddings of another length": ({"prompt": None, "prompt_embeds": torch.ones(1, 154, 128)}, PromptError, "154"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_calls_say_what_is_wrong_and_leave_the_pipeline_whole(pipe: fastsd.Pipeline, case: str) -> None:
+    arguments, error, says = BAD_CALLS[case]
+    with pytest.raises(error, match=says) as caught:
+        pipe.generate(**{"prompt": PROMPT, **FAST} | arguments)
+    assert isinstance(caught.value, ValueError)
+    assert "\n" not in str(caught.value), "an error is one line"
+    assert len(str(caught.value)) < 600
+    assert pixels(pipe.generate(PROMPT, seed=1, **FAST)).std() > 1
+
+
+@pytest.mark.parametrize("prompt", ["", "\0", "🦊👩‍👩‍👧‍👦", "مربع أزرق", "((((" * 50, "<|endoftext|>", "a" * 5000])
+def test_odd_prompts_are_valid(pipe: fastsd.Pipeline, prompt: str) -> None:
+    assert pixels(pipe.generate(prompt, seed=1, **FAST)).shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"device": "tpu"}, "device"),
+        ({"device": "cuda:99"}, "cuda:99"),
+        ({"dtype": "int8"}, "float32, float16 or bfloat16"),
+        ({"dtype": torch.int8}, "dtype"),
+        ({"backend": "tensorrt"}, "auto, triton, onednn, reference"),
+        ({"backend": "triton"}, "not in this version"),
+    ],
+)
+def test_a_pipeline_that_cannot_be_made_says_why(arguments: dict[str, Any], says: str) -> None:
+    with pytest.raises(ParameterError, match=says):
+        fastsd.Pipeline(**arguments)
+
+
+def test_a_non_finite_latent_names_the_stage_and_the_step(bundled: Path) -> None:
+    broken = fastsd.Pipeline(device="cpu", backend="reference")
+
+    def poison(_: Any, step: int, *__: Any) -> None:
+        if step == 1:
+            broken.unet.conv_out.bias.fill_(float("nan"))
+
+    with torch.inference_mode(), pytest.raises(NumericsError, match=r"unet: a non-finite value at step 3 of 5"):
+        broken.generate(PROMPT, num_inference_steps=5, sampler="ddim", seed=1, callback_on_step_end=poison)
+
+
+def test_a_vae_that_overflows_fp16_is_decoded_again_in_fp32() -> None:
+    """As SD checkpoints are known to: activations beyond 65504 in the decoder, with a picture well in range."""
+    half = fastsd.Pipeline(device="cpu", dtype="float16", backend="reference")
+    with torch.no_grad():
+        half.vae.decoder.conv_in.weight *= 3e4  # GroupNorm divides it out again
+        half.vae.decoder.conv_in.bias *= 3e4
+    result = half.generate(PROMPT, num_inference_steps=20, seed=1, guidance_scale=4.0)
+    assert result.warnings == ["vae: non-finite values in torch.float16; decoded again in float32"]
+    assert next(half.vae.parameters()).dtype == torch.float16, "the pipeline itself was changed"
+    assert pixels(result).std() > 10
+
+
+def test_a_vae_that_gives_nan_in_fp32_too_is_an_error() -> None:
+    broken = fastsd.Pipeline(device="cpu", dtype="bfloat16")
+    with torch.no_grad():
+        broken.vae.decoder.conv_out.bias.fill_(float("nan"))
+    with pytest.raises(NumericsError, match="vae"):
+        broken.generate(PROMPT, seed=1, **FAST)
+
+
+# The house ------------------------------------------------------------------------------------------------------------
+
+
+def test_import_needs_neither_oracle_nor_triton_and_the_bundled_model_no_network() -> None:
+    code = (
+        "import sys, socket\n"
+        "def refuse(*a, **k): raise AssertionError('network')\n"
+        "socket.socket.connect = refuse\n"
+        "sys.modules['triton'] = None\n"
+        "import fastsd; fastsd.Pipeline().generate('a star', num_inference_steps=1)\n"
+        "print(sorted({'diffusers', 'transformers', 'accelerate'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def test_imports_run_one_way() -> None:
+    """Models never import kernels, kernels never import models, and only ops.py knows both sides of the seam."""
+    package = Path(fastsd.__file__).parent
+    for path in (package / "models").glob("*.py"):
+        assert "fastsd.kernels" not in path.read_text(), f"{path.name} imports a kernel"
+    for path in (package / "kernels").glob("*.py"):
+        text = path.read_text()
+        assert not {"fastsd.models", "fastsd.pipeline", "fastsd.ops"} & set(text.replace(" import", "").split()), (
+            path.name
+        )
