@@ -9,6 +9,7 @@ layout by it), and made again when another size comes or the weight has changed.
 """
 
 import threading
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -89,7 +90,8 @@ def _pack(w: Tensor, geometry: Geometry) -> Tensor:
     shape, stride, pad = geometry
     w = w.detach()
     w = w[:, :, None, None] if w.ndim == 2 else w
-    return torch._C._nn.mkldnn_reorder_conv2d_weight(w.to_mkldnn(), pad, (stride, stride), (1, 1), 1, shape)
+    reorder: Callable[..., Tensor] = torch._C._nn.mkldnn_reorder_conv2d_weight  # its stub lacks the last argument
+    return reorder(w.to_mkldnn(), pad, (stride, stride), (1, 1), 1, shape)
 
 
 _weights = _PackedWeights()

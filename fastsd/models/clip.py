@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsd.config import CLIPConfig
-from fastsd.models.layers import LayerNorm, Linear, split_heads
+from fastsd.models.layers import LayerNorm, Linear, module_list, split_heads
 from fastsd.ops import REFERENCE, Ops
 
 
@@ -48,7 +48,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: CLIPConfig, ops: Ops) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(config, ops) for _ in range(config.num_hidden_layers))
+        self.layers = module_list(EncoderLayer(config, ops) for _ in range(config.num_hidden_layers))
 
 
 class EncoderLayer(nn.Module):

@@ -3,9 +3,14 @@
 Activations are NHWC [B, H, W, C]; tokens [B, L, C] with L = H·W are a view of them.
 """
 
+from collections.abc import Iterable
+from typing import TypeVar, cast
+
 from torch import Tensor, nn
 
 from fastsd.ops import Activation, Ops, Pad, upsample
+
+M = TypeVar("M", bound=nn.Module)
 
 SAME: Pad = (1, 1, 1, 1)
 
@@ -133,6 +138,11 @@ class Upsample(nn.Module):
         if self.conv is None:
             return upsample(x, size)
         return self.ops.upsample_conv2d(x, self.conv.weight, self.conv.bias, size)
+
+
+def module_list(modules: Iterable[M]) -> list[M]:
+    """nn.ModuleList, typed by what it holds: the type checker takes the items of a plain one for bare Modules."""
+    return cast(list[M], nn.ModuleList(modules))
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -6,6 +6,7 @@ step to step is not computed in a step: `project_context` once a prompt, `projec
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from fastsd.models.layers import (
     Upsample,
     conv1x1,
     conv3x3,
+    module_list,
     split_heads,
 )
 from fastsd.ops import REFERENCE, Ops
@@ -38,9 +40,9 @@ class UNet(nn.Module):
         time_width = 4 * channels[0]
         self.conv_in = conv3x3(ops, config.in_channels, channels[0])
         self.time_embedding = TimeEmbedding(ops, channels[0], time_width)
-        self.down_blocks = nn.ModuleList(down_blocks(config, ops, time_width))
+        self.down_blocks = module_list(down_blocks(config, ops, time_width))
         self.mid_block = mid_block(config, ops, time_width)
-        self.up_blocks = nn.ModuleList(up_blocks(config, ops, time_width))
+        self.up_blocks = module_list(up_blocks(config, ops, time_width))
         self.conv_norm_out = GroupNorm(ops, config.norm_num_groups, channels[0], config.norm_eps, silu=True)
         self.conv_out = conv3x3(ops, channels[0], config.out_channels)
 
@@ -66,9 +68,9 @@ class UNet(nn.Module):
                 h = block.downsamplers[0](h)
                 skips.append(h)
 
-        h = self.mid_block.resnets[0](h, next(time))
-        h = self.mid_block.attentions[0](h, keys, context_mask)
-        h = self.mid_block.resnets[1](h, next(time))
+        for resnet, attention in self.mid_block.layers():
+            h = resnet(h, next(time))
+            h = h if attention is None else attention(h, keys, context_mask)
 
         for block in self.up_blocks:
             for resnet, attention in block.layers():
@@ -87,32 +89,32 @@ class UNet(nn.Module):
         """Time embedding and every ResBlock's projection of it. timesteps [n] fp32 → [n, T]; once a schedule."""
         time = sinusoid(timesteps, self.time_embedding.width, self.config.flip_sin_to_cos, self.config.freq_shift)
         time = nn.functional.silu(self.time_embedding(time.to(self.conv_in.weight.dtype)))
-        return torch.cat([resnet.time_emb_proj(time) for resnet in self._resnets()], dim=-1)
+        return torch.cat([project(time) for project in self._time_projections()], dim=-1)
 
     @property
     def time_widths(self) -> list[int]:
         """Widths of the ResBlocks' time projections, in the order they are read; their sum is T."""
-        return [resnet.time_emb_proj.out_features for resnet in self._resnets()]
+        return [project.out_features for project in self._time_projections()]
 
-    def _resnets(self) -> Iterator[ResBlock]:
+    def _time_projections(self) -> Iterator[Linear]:
         for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
-            yield from block.resnets
+            for resnet in block.resnets:
+                assert resnet.time_emb_proj is not None
+                yield resnet.time_emb_proj
 
 
 class Level(nn.Module):
-    """The ResBlocks of one level, each followed by a Transformer where the level has attention, and a change of size."""
+    """ResBlocks, each followed by a Transformer as far as there are any, and a change of size."""
 
-    def __init__(self, resnets: Sequence[ResBlock], attentions: Sequence["Transformer"] | None = None) -> None:
+    def __init__(self, resnets: Sequence[ResBlock], attentions: Sequence["Transformer"] = ()) -> None:
         super().__init__()
-        if attentions is not None:
-            self.attentions = nn.ModuleList(attentions)
-        self.resnets = nn.ModuleList(resnets)
-        self.downsamplers: nn.ModuleList | None = None
-        self.upsamplers: nn.ModuleList | None = None
+        self.attentions = module_list(attentions)
+        self.resnets = module_list(resnets)
+        self.downsamplers: list[Downsample] | None = None
+        self.upsamplers: list[Upsample] | None = None
 
     def layers(self) -> Iterator[tuple[ResBlock, "Transformer | None"]]:
-        attentions = getattr(self, "attentions", [None] * len(self.resnets))
-        yield from zip(self.resnets, attentions, strict=True)
+        yield from zip_longest(self.resnets, self.attentions)
 
 
 def down_blocks(config: UNetConfig, ops: Ops, time_width: int) -> Iterator[Level]:
@@ -123,7 +125,7 @@ def down_blocks(config: UNetConfig, ops: Ops, time_width: int) -> Iterator[Level
         widths = [width, *[out] * (config.layers_per_block[level] - 1)]
         block = _level(config, ops, level, widths, config.down_attention[level], time_width)
         if level < len(channels) - 1:
-            block.downsamplers = nn.ModuleList([Downsample(ops, out, pad)])
+            block.downsamplers = module_list([Downsample(ops, out, pad)])
         width = out
         yield block
 
@@ -143,7 +145,7 @@ def up_blocks(config: UNetConfig, ops: Ops, time_width: int) -> Iterator[Level]:
         widths = [below + skips.pop() for below in (width, *[out] * (count - 1))]
         block = _level(config, ops, level, widths, config.up_attention[index], time_width)
         if level > 0:
-            block.upsamplers = nn.ModuleList([Upsample(ops, out)])
+            block.upsamplers = module_list([Upsample(ops, out)])
         width = out
         yield block
 
@@ -163,7 +165,7 @@ def _level(
 ) -> Level:
     out = config.block_out_channels[level]
     resnets = [ResBlock(ops, width, out, config.norm_num_groups, config.norm_eps, time_width) for width in in_widths]
-    return Level(resnets, [_transformer(config, ops, level) for _ in resnets] if attention else None)
+    return Level(resnets, [_transformer(config, ops, level) for _ in resnets] if attention else ())
 
 
 def _transformer(config: UNetConfig, ops: Ops, level: int) -> "Transformer":
@@ -195,7 +197,7 @@ class Transformer(nn.Module):
         project = Linear if use_linear_projection else conv1x1  # the same sums, stored as [O, C] or as [O, C, 1, 1]
         self.norm = GroupNorm(ops, groups, channels, eps=1e-6)
         self.proj_in = project(ops, channels, channels)
-        self.transformer_blocks = nn.ModuleList(
+        self.transformer_blocks = module_list(
             TransformerBlock(ops, channels, heads, context_width) for _ in range(depth)
         )
         self.proj_out = project(ops, channels, channels)
@@ -237,7 +239,7 @@ class Attention(nn.Module):
         self.to_q = Linear(ops, channels, channels, bias=False)
         self.to_k = Linear(ops, context_width, channels, bias=False)
         self.to_v = Linear(ops, context_width, channels, bias=False)
-        self.to_out = nn.ModuleList([Linear(ops, channels, channels)])
+        self.to_out = module_list([Linear(ops, channels, channels)])
 
     def project(self, context: Tensor) -> KeyValue:
         """Keys and values of a context [B, L, C] → each [B, L, N, D]."""
@@ -252,9 +254,7 @@ class FeedForward(nn.Module):
     def __init__(self, ops: Ops, channels: int) -> None:
         super().__init__()
         # net.1 is a dropout where the checkpoints were trained: it has no weights, only a place.
-        self.net = nn.ModuleList(
-            [GEGLU(ops, channels, 4 * channels), nn.Identity(), Linear(ops, 4 * channels, channels)]
-        )
+        self.net = module_list([GEGLU(ops, channels, 4 * channels), nn.Identity(), Linear(ops, 4 * channels, channels)])
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:  # [B, L, C]
         return self.net[2](self.net[0](x), residual)

@@ -4,7 +4,8 @@ Esser et al. 2021 (arXiv 2012.09841) and Rombach et al. 2022 (arXiv 2112.10752);
 AutoencoderKL's. Images lie in [−1, 1]; latents are scaled to about unit variance, as the UNet sees them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from fastsd.models.layers import (
     Upsample,
     conv1x1,
     conv3x3,
+    module_list,
 )
 from fastsd.ops import REFERENCE, Ops, Pad
 
@@ -65,19 +67,10 @@ class Encoder(nn.Module):
         super().__init__()
         channels = config.block_out_channels
         self.conv_in = conv3x3(ops, config.in_channels, channels[0])
-        self.down_blocks = nn.ModuleList()
-        width = channels[0]
-        for level, out in enumerate(channels):
-            block = Level(config, ops, width, out, config.layers_per_block, config.down_attention[level])
-            if level < len(channels) - 1:
-                block.downsamplers = nn.ModuleList(
-                    [Downsample(ops, out, RIGHT_AND_BOTTOM, with_conv=config.resamp_with_conv)]
-                )
-            self.down_blocks.append(block)
-            width = out
-        self.mid_block = MidBlock(config, ops, width)
-        self.conv_norm_out = GroupNorm(ops, config.norm_num_groups, width, EPS, silu=True)
-        self.conv_out = conv3x3(ops, width, 2 * config.latent_channels)
+        self.down_blocks = module_list(down_blocks(config, ops))
+        self.mid_block = mid_block(config, ops)
+        self.conv_norm_out = GroupNorm(ops, config.norm_num_groups, channels[-1], EPS, silu=True)
+        self.conv_out = conv3x3(ops, channels[-1], 2 * config.latent_channels)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, H, W, 3] → [B, H/8, W/8, 8]
         h = self.conv_in(x)
@@ -92,19 +85,12 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config: VAEConfig, ops: Ops) -> None:
         super().__init__()
-        channels = config.block_out_channels[::-1]
-        width = channels[0]
-        self.conv_in = conv3x3(ops, config.latent_channels, width)
-        self.mid_block = MidBlock(config, ops, width)
-        self.up_blocks = nn.ModuleList()
-        for level, out in enumerate(channels):
-            block = Level(config, ops, width, out, config.layers_per_block + 1, config.up_attention[level])
-            if level < len(channels) - 1:
-                block.upsamplers = nn.ModuleList([Upsample(ops, out, with_conv=config.resamp_with_conv)])
-            self.up_blocks.append(block)
-            width = out
-        self.conv_norm_out = GroupNorm(ops, config.norm_num_groups, width, EPS, silu=True)
-        self.conv_out = conv3x3(ops, width, config.out_channels)
+        channels = config.block_out_channels
+        self.conv_in = conv3x3(ops, config.latent_channels, channels[-1])
+        self.mid_block = mid_block(config, ops)
+        self.up_blocks = module_list(up_blocks(config, ops))
+        self.conv_norm_out = GroupNorm(ops, config.norm_num_groups, channels[0], EPS, silu=True)
+        self.conv_out = conv3x3(ops, channels[0], config.out_channels)
 
     def forward(self, z: Tensor) -> Tensor:  # [B, H, W, 4] → [B, 8H, 8W, 3]
         h = self.mid_block(self.conv_in(z))
@@ -116,44 +102,56 @@ class Decoder(nn.Module):
 
 
 class Level(nn.Module):
-    """The ResBlocks of one level, each followed by attention where the level has it."""
+    """ResBlocks, each followed by attention as far as there are any, and a change of size."""
 
-    def __init__(
-        self, config: VAEConfig, ops: Ops, in_channels: int, channels: int, layers: int, attention: bool
-    ) -> None:
+    def __init__(self, resnets: Sequence[ResBlock], attentions: Sequence["Attention"] = ()) -> None:
         super().__init__()
-        widths = [in_channels] + [channels] * (layers - 1)
-        groups = config.norm_num_groups
-        self.resnets = nn.ModuleList(ResBlock(ops, width, channels, groups, EPS) for width in widths)
-        if attention:
-            self.attentions = nn.ModuleList(Attention(ops, channels, groups) for _ in widths)
-        self.downsamplers: nn.ModuleList | None = None
-        self.upsamplers: nn.ModuleList | None = None
+        self.attentions = module_list(attentions)
+        self.resnets = module_list(resnets)
+        self.downsamplers: list[Downsample] | None = None
+        self.upsamplers: list[Upsample] | None = None
 
-    def layers(self) -> Iterator[tuple[ResBlock, "Attention | None"]]:
-        attentions = getattr(self, "attentions", [None] * len(self.resnets))
-        yield from zip(self.resnets, attentions, strict=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for resnet, attention in self.layers():
+    def forward(self, x: Tensor) -> Tensor:  # [B, H, W, C] → [B, H, W, O]
+        for resnet, attention in zip_longest(self.resnets, self.attentions):
             x = resnet(x)
             x = x if attention is None else attention(x)
         return x
 
 
-class MidBlock(nn.Module):
-    def __init__(self, config: VAEConfig, ops: Ops, channels: int) -> None:
-        super().__init__()
-        groups = config.norm_num_groups
-        if config.mid_block_add_attention:
-            self.attentions = nn.ModuleList([Attention(ops, channels, groups)])
-        self.resnets = nn.ModuleList(ResBlock(ops, channels, channels, groups, EPS) for _ in range(2))
+def down_blocks(config: VAEConfig, ops: Ops) -> Iterator[Level]:
+    channels = config.block_out_channels
+    width = channels[0]
+    for level, out in enumerate(channels):
+        block = _level(config, ops, width, out, config.layers_per_block, config.down_attention[level])
+        if level < len(channels) - 1:
+            downsample = Downsample(ops, out, RIGHT_AND_BOTTOM, with_conv=config.resamp_with_conv)
+            block.downsamplers = module_list([downsample])
+        width = out
+        yield block
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.resnets[0](x)
-        for attention in getattr(self, "attentions", ()):
-            x = attention(x)
-        return self.resnets[1](x)
+
+def mid_block(config: VAEConfig, ops: Ops) -> Level:
+    width, groups = config.block_out_channels[-1], config.norm_num_groups
+    attentions = [Attention(ops, width, groups)] if config.mid_block_add_attention else []
+    return Level([ResBlock(ops, width, width, groups, EPS) for _ in range(2)], attentions)
+
+
+def up_blocks(config: VAEConfig, ops: Ops) -> Iterator[Level]:
+    channels = config.block_out_channels[::-1]
+    width = channels[0]
+    for level, out in enumerate(channels):
+        block = _level(config, ops, width, out, config.layers_per_block + 1, config.up_attention[level])
+        if level < len(channels) - 1:
+            block.upsamplers = module_list([Upsample(ops, out, with_conv=config.resamp_with_conv)])
+        width = out
+        yield block
+
+
+def _level(config: VAEConfig, ops: Ops, in_channels: int, out_channels: int, layers: int, attention: bool) -> Level:
+    groups = config.norm_num_groups
+    widths = [in_channels, *[out_channels] * (layers - 1)]
+    resnets = [ResBlock(ops, width, out_channels, groups, EPS) for width in widths]
+    return Level(resnets, [Attention(ops, out_channels, groups) for _ in widths] if attention else ())
 
 
 class Attention(nn.Module):
@@ -166,7 +164,7 @@ class Attention(nn.Module):
         self.to_q = Linear(ops, channels, channels)
         self.to_k = Linear(ops, channels, channels)
         self.to_v = Linear(ops, channels, channels)
-        self.to_out = nn.ModuleList([Linear(ops, channels, channels)])
+        self.to_out = module_list([Linear(ops, channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:  # [B, H, W, C]
         tokens = self.group_norm(x).flatten(1, 2)  # [B, H·W, C]
