@@ -5,11 +5,8 @@ value, 130 interrupted. An error is one line, what is wrong and how to mend it; 
 """
 
 import logging
-import os
 import platform
 import re
-import shutil
-import subprocess
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -191,18 +188,19 @@ def samplers() -> None:
 
 @app.command()
 def info() -> None:
-    """Show versions, machine, GPU, what is fused, and where files lie."""
+    """Show versions, machine, GPU, which ops are fastsd's own on it, and where files lie."""
     from huggingface_hub import constants
 
+    from fastsd import environment
     from fastsd.pipeline import BUNDLED
 
     cache = f"{constants.HF_HOME} (HF_HOME), {constants.HF_HUB_CACHE} (models)"
     _print_table(
         [
-            *_versions(),
+            *environment.versions().items(),
             ("system", platform.platform()),
-            ("cpu", _cpu()),
-            *(("gpu", gpu) for gpu in _gpus()),
+            ("cpu", environment.cpu()),
+            *(("gpu", gpu) for gpu in environment.gpus() or ["none: fastsd runs on the CPU"]),
             *_backends(),
             ("cache", cache),
             ("bundled model", str(BUNDLED)),
@@ -289,62 +287,6 @@ def _print_table(rows: Sequence[Sequence[str]]) -> None:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def _versions() -> list[tuple[str, str]]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    import fastsd
-
-    def installed(package: str) -> str:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return "not installed"
-
-    packages = ("torch", "triton", "numpy", "safetensors", "tokenizers", "huggingface_hub", "pillow")
-    rows = [("fastsd", fastsd.__version__), ("python", platform.python_version())]
-    return rows + [(package, installed(package)) for package in packages]
-
-
-def _cpu() -> str:
-    import torch
-
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
-        name = found[1] if found else name
-    return f"{name}, {os.cpu_count()} logical cores, {torch.get_num_threads()} threads used"
-
-
-def _gpus() -> list[str]:
-    import torch
-
-    if not torch.cuda.is_available():
-        return ["none: fastsd runs on the CPU"]
-    driver = _driver()
-    rows = []
-    for index in range(torch.cuda.device_count()):
-        gpu = torch.cuda.get_device_properties(index)
-        rows.append(
-            f"cuda:{index} {gpu.name}, compute capability {gpu.major}.{gpu.minor}, "
-            f"{gpu.total_memory / 2**30:.1f} GiB, CUDA {torch.version.cuda}, driver {driver}"
-        )
-    return rows
-
-
-def _driver() -> str:
-    """The NVIDIA driver's version; PyTorch does not tell it."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return "unknown"
-    query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.split()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return answer[0] if answer else "unknown"
-
-
 def _backends() -> list[tuple[str, str]]:
     """The backends this machine can run, and what "auto" stands for on it."""
     from dataclasses import fields
@@ -365,5 +307,5 @@ def _backends() -> list[tuple[str, str]]:
     return [
         ("backends", ", ".join(usable)),
         ("auto", f"{device.type}, {str(select_dtype('auto', device)).removeprefix('torch.')}, {ops.name}"),
-        ("fused ops", ", ".join(own) or "none: every op is plain PyTorch"),
+        ("own ops", ", ".join(own) or "none: every op is plain PyTorch"),
     ]

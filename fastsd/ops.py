@@ -213,7 +213,7 @@ def onednn_ops() -> Ops:
 
     # fp16, and bf16 on CPUs that cannot multiply it, stay with PyTorch: oneDNN would have no faster way for them.
     def affine(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        return onednn.affine(x, w, b) if onednn.supports(x, w) else F.linear(x, w, b)
+        return onednn.affine(x, w, b) if onednn.supports(x, w) and onednn.pays(x, w) else F.linear(x, w, b)
 
     def convolve_packed(x: Tensor, w: Tensor, b: Tensor | None, stride: int, pad: Pad) -> Tensor:
         return onednn.conv2d(x, w, b, stride, pad) if onednn.supports(x, w) else convolve(x, w, b, stride, pad)

@@ -17,6 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import fastsd
+import fastsd.environment
 from fastsd import cli
 from fastsd.errors import CheckpointError, NumericsError, ParameterError, PromptError
 from fastsd.sampling import SAMPLERS, canonical_sampler, canonical_schedule
@@ -343,7 +344,7 @@ def test_info_of_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, smi: str
     if smi is not None:
         (tmp_path / "nvidia-smi").write_text(smi)
         (tmp_path / "nvidia-smi").chmod(0o755)
-    (row,) = cli._gpus()
+    (row,) = fastsd.environment.gpus()
     driver = "575.57.08" if smi and "echo" in smi else "unknown"
     assert row == f"cuda:0 NVIDIA Test, compute capability 9.0, 80.0 GiB, CUDA {torch.version.cuda}, driver {driver}"
 

@@ -70,6 +70,22 @@ def test_linear_bare(ops: Ops, dtype: torch.dtype) -> None:
 
 @by_ops
 @by_dtype
+def test_linear_large_enough_for_onednn(ops: Ops, dtype: torch.dtype) -> None:
+    x, w, b = (
+        draw(2, 100, 160, seed=0, dtype=dtype),
+        draw(320, 160, seed=1, dtype=dtype),
+        draw(320, seed=2, dtype=dtype),
+    )
+    assert onednn.pays(x, w)
+    assert not onednn.pays(x[:, :1], w)
+    check("linear", ops.linear(x, w, b), x.double() @ w.double().T + b.double(), F.linear(x, w, b))
+    value, gate = F.linear(x, w, b).chunk(2, -1)
+    truth, truth_gate = F.linear(x.double(), w.double(), b.double()).chunk(2, -1)
+    check("geglu", ops.geglu(x, w, b), truth * F.gelu(truth_gate), value * F.gelu(gate))
+
+
+@by_ops
+@by_dtype
 def test_geglu(ops: Ops, dtype: torch.dtype) -> None:
     """Value first, gate second, as diffusers' GEGLU; exact erf."""
     theirs = GEGLU(32, 64).to(torch.float64)
