@@ -310,7 +310,7 @@ class Pipeline:
             fields = {
                 "prompt": request.prompts[index // per_prompt] if request.prompts else "",
                 "negative_prompt": request.negative_prompts[index // per_prompt] if request.negative_prompts else "",
-                "steps": request.steps,
+                "steps": len(table) if table.schedule == "custom" else request.steps,
                 "sampler": SAMPLERS[table.sampler].label,
                 "schedule_type": table.schedule.capitalize(),
                 "cfg_scale": request.guidance_scale,
