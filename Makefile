@@ -9,8 +9,8 @@ BIN := $(VENV)/bin
 
 .PHONY: image test test-all lint format clean
 
-image: $(VENV)/.installed ## draw PROMPT with the bundled model into OUT
-	@$(BIN)/fastsd generate -p "$$FASTSD_PROMPT" -o "$(OUT)"
+image: $(VENV)/.installed ## draw PROMPT into OUT with the bundled model, at the guidance it draws best
+	@$(BIN)/fastsd generate --cfg-scale 4 -p "$$FASTSD_PROMPT" -o "$(OUT)"
 image: export FASTSD_PROMPT := $(PROMPT)
 
 test: $(VENV)/.installed-test ## every test that is not slow

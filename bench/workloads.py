@@ -47,8 +47,7 @@ def bundled_picture(steps: int = 20) -> Workload:
         )
 
     def theirs(memory_format: torch.memory_format) -> Contender:
-        import diffusers
-
+        diffusers = import_diffusers()
         pipe = diffusers.StableDiffusionPipeline.from_pretrained(
             BUNDLED, torch_dtype=torch.float32, safety_checker=None
         )
@@ -84,8 +83,7 @@ def sd15_unet_step(dtype: torch.dtype, pixels: int = 256) -> Workload:
         return Contender(f"fastsd {name}", lambda: unet(image, time, keys).permute(0, 3, 1, 2).float().numpy())
 
     def theirs(memory_format: torch.memory_format) -> Contender:
-        import diffusers
-
+        diffusers = import_diffusers()
         with torch.device("meta"):
             unet = diffusers.UNet2DConditionModel(cross_attention_dim=768)
         unet.load_state_dict(weights.of(memory_format), assign=True)
@@ -120,6 +118,18 @@ class Weights:
         bound = 0.1 if len(shape) == 1 else (3.0 / shape[1:].numel()) ** 0.5
         weight = torch.empty(shape).uniform_(-bound, bound, generator=generator)
         return (weight + float("norm" in name and name.endswith("weight"))).to(self.dtype)
+
+
+def import_diffusers() -> Any:
+    """diffusers without its bars and notices."""
+    import diffusers
+    import transformers
+
+    diffusers.logging.set_verbosity_error()
+    diffusers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return diffusers
 
 
 def picture_gate(ours: np.ndarray, theirs: np.ndarray) -> str | None:

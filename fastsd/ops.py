@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastsd.errors import ParameterError
 from fastsd.kernels import onednn
 
 Activation = Literal["silu", "gelu", "quick_gelu"]
@@ -226,3 +227,21 @@ def onednn_ops() -> Ops:
         conv2d=partial(conv2d, convolve=convolve_packed),
         upsample_conv2d=partial(upsample_conv2d, convolve=convolve_packed),
     )
+
+
+BACKENDS = ("auto", "triton", "onednn", "reference")
+
+
+def select_ops(backend: str, device: torch.device) -> Ops:
+    """The ops of a backend. "auto": the fastest that is proven for the device.
+
+    ParameterError for one that is unknown, or that this machine or this version cannot run.
+    """
+    if backend not in BACKENDS:
+        raise ParameterError(f"backend: {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    if backend == "triton":
+        raise ParameterError("backend: the Triton kernels are not in this version yet; choose auto or reference")
+    packed = device.type == "cpu" and onednn.available()
+    if backend == "onednn" and not packed:
+        raise ParameterError("backend: onednn needs the CPU and a PyTorch built with oneDNN; choose auto or reference")
+    return onednn_ops() if packed and backend != "reference" else REFERENCE

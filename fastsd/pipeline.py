@@ -22,12 +22,11 @@ from fastsd import images, metadata
 from fastsd.checkpoints import open_folder, resolve
 from fastsd.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
 from fastsd.errors import NumericsError, ParameterError, PromptError
-from fastsd.kernels import onednn
 from fastsd.models.clip import CLIPText
 from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE
 from fastsd.noise import NoiseSource
-from fastsd.ops import REFERENCE, Ops, StepRow, onednn_ops
+from fastsd.ops import StepRow, select_ops
 from fastsd.prompt import encode_prompts
 from fastsd.request import Request, StepCallback, check_request, check_seeds, choice
 from fastsd.result import Result
@@ -35,7 +34,6 @@ from fastsd.sampling import SAMPLERS, NoiseSchedule, Table, make_table
 from fastsd.tokenizer import Tokenizer
 
 BUNDLED = Path(__file__).parent / "assets" / "shapes-64"
-BACKENDS = ("auto", "triton", "onednn", "reference")
 DTYPES = {
     "float32": torch.float32,
     "fp32": torch.float32,
@@ -367,20 +365,6 @@ def select_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if chosen is None or chosen not in DTYPES.values():
         raise ParameterError(f"dtype: {dtype!r} is unknown; choose auto, float32, float16 or bfloat16")
     return chosen
-
-
-def select_ops(backend: str, device: torch.device) -> Ops:
-    """The ops of a backend. "auto": the fastest that is proven for the device.
-
-    ParameterError for one that is unknown, or that this machine or this version cannot run.
-    """
-    choice("backend", backend, BACKENDS)
-    if backend == "triton":
-        raise ParameterError("backend: the Triton kernels are not in this version yet; choose auto or reference")
-    packed = device.type == "cpu" and onednn.available()
-    if backend == "onednn" and not packed:
-        raise ParameterError("backend: onednn needs the CPU and a PyTorch built with oneDNN; choose auto or reference")
-    return onednn_ops() if packed and backend != "reference" else REFERENCE
 
 
 def _nchw(x: Tensor) -> Tensor:

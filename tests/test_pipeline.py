@@ -404,9 +404,10 @@ def test_import_needs_neither_oracle_nor_triton_and_the_bundled_model_no_network
 
 
 def test_imports_run_one_way() -> None:
-    """Models never import kernels, kernels never import models, and only ops.py knows both sides of the seam."""
+    """Only ops.py imports kernels, and kernels import nothing of the nets: the seam has one place."""
     package = Path(fastsd.__file__).parent
-    for path in (package / "models").glob("*.py"):
+    outside = [path for path in package.rglob("*.py") if path.parent.name != "kernels" and path.name != "ops.py"]
+    for path in outside:
         assert "fastsd.kernels" not in path.read_text(), f"{path.name} imports a kernel"
     for path in (package / "kernels").glob("*.py"):
         text = path.read_text()

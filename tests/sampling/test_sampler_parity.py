@@ -10,16 +10,7 @@ import torch
 
 from fastsd.sampling import SAMPLERS, NoiseSchedule, make_table
 from tests.sampling.sampler_cases import CONFIGS, SD15, WALKS, run_table
-
-# The largest error over a step, relative to the largest value (at least 1) of that step. diffusers keeps its tables in
-# float32, which is off by 1e-6 in ᾱ and, near timestep 0, by 3e-5 in 1 - ᾱ. Measured over all cases here: 5e-6 in the
-# latents, 1.3e-5 in the initial scale. A slip of one timestep shows as 1e-3 and more.
-RELATIVE_ERROR = 3e-5
-# The same where ᾱ is handed to diffusers in float64: only the order of the arithmetic differs, and DDPM's last step,
-# where diffusers keeps a standard deviation of 1e-10 instead of 0.
-RELATIVE_ERROR_FLOAT64 = 1e-9
-# Timesteps worked back from σ by way of float32: log σ rises by only 3e-3 a timestep. Measured: 1.3e-3.
-TIMESTEP_ERROR = 3e-3
+from tests.tolerances import SAMPLER, SAMPLER_FP64, TIMESTEP
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers")
 
@@ -70,9 +61,9 @@ def run_twin(scheduler, monkeypatch, **step_options):
     return scale, seen, reached
 
 
-def assert_same(table, scheduler, monkeypatch, tolerance=RELATIVE_ERROR, **step_options):
+def assert_same(table, scheduler, monkeypatch, tolerance=SAMPLER, **step_options):
     assert len(table) == len(scheduler.timesteps)
-    np.testing.assert_allclose(table.timesteps, scheduler.timesteps.double(), rtol=0, atol=TIMESTEP_ERROR)
+    np.testing.assert_allclose(table.timesteps, scheduler.timesteps.double(), rtol=0, atol=TIMESTEP)
     scale, twin_seen, twin_reached = run_twin(scheduler, monkeypatch, **step_options)
     assert table.initial_scale == pytest.approx(scale, rel=tolerance)
     seen, reached = run_table(table, LATENTS, fake_model, NOISES)
@@ -104,7 +95,7 @@ def test_equals_diffusers_in_float64(sampler, eta, config, steps, monkeypatch):
     scheduler = twin(sampler, config, float64=True)
     scheduler.set_timesteps(steps)
     table = make_table(NoiseSchedule.from_config(config), steps, sampler, eta=eta)
-    assert_same(table, scheduler, monkeypatch, RELATIVE_ERROR_FLOAT64, **({"eta": eta} if sampler == "ddim" else {}))
+    assert_same(table, scheduler, monkeypatch, SAMPLER_FP64, **({"eta": eta} if sampler == "ddim" else {}))
 
 
 @pytest.mark.parametrize("steps", [1, 7, 30])

@@ -10,11 +10,8 @@ from hypothesis import strategies as st
 from fastsd.sampling import SAMPLERS, NoiseSchedule, make_table
 from fastsd.sampling.spacing import karras_sigmas
 from tests.sampling.sampler_cases import SD15, SD21, WALKS, run_table
+from tests.tolerances import LANDING, NOISE_VARIANCE
 
-# Landing on the one image of the data, in float64. Euler's first step cancels σ = 14.6, single steps divide by sqrt(ᾱ).
-LANDING_ERROR = 1e-9
-# Variances after a noisy step: some sums and products of float64 numbers below 1e3.
-VARIANCE_ERROR = 1e-12
 # A 1000-step table: measured 5 to 10 ms, bounded where a user would begin to notice.
 BUILD_SECONDS = 0.5
 
@@ -69,7 +66,7 @@ def test_lands_on_the_only_image_of_the_data(steps, walk, prediction):
     table = make_table(noise, steps, sampler, schedule)
     model = perfect_model(table, noise, lambda x, alpha_bar: image)
     _, reached = run_table(table, latents, model, np.zeros((len(table), 5)))
-    np.testing.assert_allclose(reached[-1], image, rtol=LANDING_ERROR, atol=LANDING_ERROR)
+    np.testing.assert_allclose(reached[-1], image, rtol=LANDING, atol=LANDING)
 
 
 @given(
@@ -90,7 +87,7 @@ def test_noisy_steps_keep_the_right_amount_of_noise(steps, walk, eta, prediction
     model = perfect_model(table, noise, lambda x, alpha_bar: 0.0)  # x = s ε
     for i, (of_x, of_out, of_noise) in enumerate(table.update[:, 0]):
         kept = of_x * sigmas[i] + of_out * model(table.model_input[i, 0] * sigmas[i], None, i)
-        assert kept**2 + of_noise**2 == pytest.approx(sigmas[i + 1] ** 2, abs=VARIANCE_ERROR), f"step {i} of {steps}"
+        assert kept**2 + of_noise**2 == pytest.approx(sigmas[i + 1] ** 2, abs=NOISE_VARIANCE), f"step {i} of {steps}"
         assert table.needs_noise(i) == (eta != 0.0 and i < len(table) - 1)
 
 
@@ -170,7 +167,7 @@ def test_ddim_is_euler_on_the_same_timesteps(steps, prediction):
         table = make_table(noise, steps, sampler)
         model = lambda x, timestep, call: np.sin(2 * x + timestep)  # noqa: E731
         ends.append(run_table(table, latents, model, np.zeros((steps, 7)))[1][-1])
-    np.testing.assert_allclose(*ends, rtol=LANDING_ERROR, atol=LANDING_ERROR)
+    np.testing.assert_allclose(*ends, rtol=LANDING, atol=LANDING)
 
 
 @given(
