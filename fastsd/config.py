@@ -149,11 +149,20 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The nets of one model."""
+    """The nets of one model. CheckpointError if they do not fit each other."""
 
     text_encoder: CLIPConfig
     unet: UNetConfig
     vae: VAEConfig
+
+    def __post_init__(self) -> None:
+        context, hidden = self.unet.cross_attention_dim, self.text_encoder.hidden_size
+        if context != hidden:
+            raise CheckpointError(f"the unet reads a context {context} wide, but the text_encoder's is {hidden}")
+        latents = self.vae.latent_channels
+        if not self.unet.in_channels == self.unet.out_channels == latents:
+            channels = f"{self.unet.in_channels} channels to {self.unet.out_channels}"
+            raise CheckpointError(f"the unet takes {channels}, but the vae's latents have {latents}")
 
 
 SD15 = ModelConfig(CLIPConfig(), UNetConfig(), VAEConfig())

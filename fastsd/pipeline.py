@@ -7,9 +7,7 @@ sampler ─► table (timesteps, update matrices): once, in fp64, on the host �
 
 import copy
 import logging
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,8 @@ from torch import Tensor, nn
 from fastsd import images, metadata
 from fastsd.checkpoints import open_folder, resolve
 from fastsd.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
-from fastsd.errors import NumericsError, ParameterError, PromptError
+from fastsd.device import Stopwatch, select_device, select_dtype
+from fastsd.errors import CheckpointError, NumericsError, ParameterError, PromptError
 from fastsd.models.clip import CLIPText
 from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE
@@ -34,15 +33,6 @@ from fastsd.sampling import SAMPLERS, NoiseSchedule, Table, make_table
 from fastsd.tokenizer import Tokenizer
 
 BUNDLED = Path(__file__).parent / "assets" / "shapes-64"
-DTYPES = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-}
-
 logger = logging.getLogger("fastsd")
 
 
@@ -98,6 +88,7 @@ class Pipeline:
         # Stable Diffusion was trained to be sampled from timestep 1; diffusers overrides older configs likewise.
         self.noise_schedule = NoiseSchedule.from_config(folder.scheduler | {"steps_offset": 1})
         self.tokenizer = Tokenizer.from_folder(folder.tokenizer)
+        check_vocabulary(self.tokenizer, self.config.text_encoder)
         with torch.device("meta"):
             self.text_encoder = CLIPText(self.config.text_encoder, self.ops)
             self.unet = UNet(self.config.unet, self.ops)
@@ -325,46 +316,16 @@ class Pipeline:
         return torch.from_numpy(array).to(self.device, torch.float32)
 
 
-class Stopwatch:
-    """Milliseconds a stage; on a GPU a stage ends when its work has."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.timings: dict[str, float] = {"total": 0.0}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.timings[name] = (time.perf_counter() - start) * 1e3
-        self.timings["total"] += self.timings[name]
-
-
-def select_device(device: str | torch.device) -> torch.device:
-    """ "auto": cuda if there is one, else cpu. ParameterError if the device is unknown or absent."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ParameterError(f"device: {device!r} is unknown; choose auto, cpu or cuda") from error
-    if chosen.type not in ("cpu", "cuda"):
-        raise ParameterError(f"device: {device!r} is not supported; choose auto, cpu or cuda")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ParameterError(f"device: {device!r} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices")
-    return chosen
-
-
-def select_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """ "auto": fp16 on cuda, fp32 on the cpu."""
-    if dtype == "auto":
-        return torch.float16 if device.type == "cuda" else torch.float32
-    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen is None or chosen not in DTYPES.values():
-        raise ParameterError(f"dtype: {dtype!r} is unknown; choose auto, float32, float16 or bfloat16")
-    return chosen
+def check_vocabulary(tokenizer: Tokenizer, config: CLIPConfig) -> None:
+    """CheckpointError unless the text encoder has a row for every token and a position for each place."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but the text_encoder knows {config.vocab_size}"
+        )
+    if tokenizer.max_length > config.max_position_embeddings:
+        raise CheckpointError(
+            f"the tokenizer pads to {tokenizer.max_length}, but the text_encoder has {config.max_position_embeddings} positions"
+        )
 
 
 def _nchw(x: Tensor) -> Tensor:

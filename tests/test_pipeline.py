@@ -1,6 +1,8 @@
 """What a Pipeline promises: meaning, seeds that reproduce alone, threads, callbacks, errors that leave it whole."""
 
+import json
 import logging
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 import fastsd
-from fastsd.errors import FastSDError, NumericsError, ParameterError, PromptError
+from fastsd.errors import CheckpointError, FastSDError, NumericsError, ParameterError, PromptError
 from tests import oracle
 from tests.tolerances import BATCH_LEVELS, BATCH_SHARE
 
@@ -353,6 +355,26 @@ def test_odd_prompts_are_valid(pipe: fastsd.Pipeline, prompt: str) -> None:
 def test_a_pipeline_that_cannot_be_made_says_why(arguments: dict[str, Any], says: str) -> None:
     with pytest.raises(ParameterError, match=says):
         fastsd.Pipeline(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "says"),
+    [
+        ("unet/config.json", "cross_attention_dim", 768, "768 wide, but the text_encoder's is 128"),
+        ("vae/config.json", "latent_channels", 16, "latents have 16"),
+        ("text_encoder/config.json", "vocab_size", 600, "649 tokens, but the text_encoder knows 600"),
+        ("text_encoder/config.json", "max_position_embeddings", 64, "pads to 77, but the text_encoder has 64"),
+    ],
+)
+def test_parts_that_do_not_fit_each_other(
+    bundled: Path, tmp_path: Path, file: str, key: str, value: int, says: str
+) -> None:
+    """Folders put together from several models: said from the configs, before any weight is read."""
+    shutil.copytree(bundled, tmp_path / "mixed")
+    config = tmp_path / "mixed" / file
+    config.write_text(json.dumps(json.loads(config.read_text()) | {key: value}))
+    with pytest.raises(CheckpointError, match=says):
+        fastsd.Pipeline(tmp_path / "mixed")
 
 
 def test_a_non_finite_latent_names_the_stage_and_the_step(bundled: Path) -> None:

@@ -1,0 +1,60 @@
+"""Where and in what precision to compute, and how long it took there."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from fastsd.errors import ParameterError
+
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+}
+
+
+def select_device(device: str | torch.device) -> torch.device:
+    """ "auto": cuda if there is one, else cpu. ParameterError if the device is unknown or absent."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ParameterError(f"device: {device!r} is unknown; choose auto, cpu or cuda") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise ParameterError(f"device: {device!r} is not supported; choose auto, cpu or cuda")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ParameterError(f"device: {device!r} is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    return chosen
+
+
+def select_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """ "auto": fp16 on cuda, fp32 on the cpu."""
+    if dtype == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen is None or chosen not in DTYPES.values():
+        raise ParameterError(f"dtype: {dtype!r} is unknown; choose auto, float32, float16 or bfloat16")
+    return chosen
+
+
+class Stopwatch:
+    """Milliseconds a stage; on a GPU a stage ends when its work has."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.timings: dict[str, float] = {"total": 0.0}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.timings[name] = (time.perf_counter() - start) * 1e3
+        self.timings["total"] += self.timings[name]
