@@ -7,7 +7,7 @@ OUT ?= image.png
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: image test test-all lint format clean
+.PHONY: image test test-all test-gpu lint format clean
 
 image: $(VENV)/.installed ## draw PROMPT into OUT with the bundled model, at the guidance it draws best
 	@$(BIN)/fastsd generate --cfg-scale 4 -p "$$FASTSD_PROMPT" -o "$(OUT)"
@@ -18,6 +18,9 @@ test: $(VENV)/.installed-test ## every test that is not slow
 
 test-all: $(VENV)/.installed-test ## also the slow ones: full-size nets, minutes and gigabytes
 	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: $(VENV)/.installed-test ## what needs a CUDA device
+	$(BIN)/python -m pytest -m gpu
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

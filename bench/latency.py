@@ -40,7 +40,7 @@ def measure(contenders: dict[str, Contender], runs: int) -> dict[str, list[float
     return times
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def bench(workload: Workload, keys: list[str], runs: int) -> dict[str, Any]:
     """Parity first, then time. A breach leaves no times."""
     contenders = {key: workload.contenders[key]() for key in keys}
@@ -59,7 +59,7 @@ def bench(workload: Workload, keys: list[str], runs: int) -> dict[str, Any]:
     return {"name": workload.name, "milliseconds": rows}
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def peak_memory(workload: Workload, key: str) -> int:
     """Peak resident MiB of this process after building one contender and running it three times."""
     contender = workload.contenders[key]()

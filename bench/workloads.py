@@ -71,7 +71,7 @@ def sd15_unet_step(dtype: torch.dtype, pixels: int = 256) -> Workload:
     context = torch.randn(2, 77, 768, generator=torch.Generator().manual_seed(2)).to(dtype)
     timestep = torch.tensor([500.0])
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def ours(name: str) -> Contender:
         ops = onednn_ops() if name == "onednn" else REFERENCE
         with torch.device("meta"):

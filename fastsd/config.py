@@ -9,6 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastsd.errors import CheckpointError
+from fastsd.json_reader import LARGEST_INTEGER, JsonReader, integer_span, is_integer
+from fastsd.wording import quoted
+
+MAX_DEPTH = 64
+"""Most layers in a stack, or blocks a level; the deepest model in use has 32."""
+
+MAX_BLOCKS = 512
+"""Most ResNet and transformer blocks on a UNet's way down, which bounds the time to build it; SD has 16, SDXL 30."""
 
 
 @dataclass(frozen=True)
@@ -27,15 +35,21 @@ class CLIPConfig:
     @classmethod
     def from_json(cls, json: Mapping[str, Any]) -> "CLIPConfig":
         """From transformers' CLIPTextModel config.json; CheckpointError on what fastsd cannot run."""
-        read = _Reader(json, "text_encoder")
-        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        sizes = {name: read.integer(name, getattr(cls, name)) for name in (*names, "max_position_embeddings")}
-        if sizes["hidden_size"] % sizes["num_attention_heads"]:
-            raise read.error("hidden_size", "must be a multiple of num_attention_heads")
+        read = JsonReader(json, "text_encoder/config.json")
+        read.require(_CLIP_FIXED, _NOT_RUN)
+        hidden = read.integer("hidden_size", 512)
+        heads = read.integer("num_attention_heads", 8)
+        if hidden % heads:
+            raise read.error("hidden_size", f"must be a multiple of num_attention_heads = {heads}")
         return cls(
-            **sizes,
+            vocab_size=read.integer("vocab_size", 49408),
+            hidden_size=hidden,
+            intermediate_size=read.integer("intermediate_size", 2048),
+            num_hidden_layers=read.integer("num_hidden_layers", 12, high=MAX_DEPTH),
+            num_attention_heads=heads,
+            max_position_embeddings=read.integer("max_position_embeddings", 77),
             hidden_act=read.choice("hidden_act", "quick_gelu", ("quick_gelu", "gelu")),
-            layer_norm_eps=read.number("layer_norm_eps", 1e-5),
+            layer_norm_eps=read.number("layer_norm_eps", 1e-5, above=0),
         )
 
 
@@ -63,37 +77,38 @@ class UNetConfig:
     @classmethod
     def from_json(cls, json: Mapping[str, Any]) -> "UNetConfig":
         """From diffusers' UNet2DConditionModel config.json; CheckpointError on what fastsd cannot run."""
-        read = _Reader(json, "unet")
-        read.require(_UNET_FIXED)
-        channels = read.channels("block_out_channels", (320, 640, 1280, 1280), "norm_num_groups")
+        read = JsonReader(json, "unet/config.json", nullable=("sample_size", "num_attention_heads"))
+        if json.get("addition_embed_type") == "text_time":
+            raise read.error("addition_embed_type", "this is an SDXL model; fastsd runs SD 1.x and 2.x")
+        read.require(_UNET_FIXED, _NOT_RUN)
+        channels = _channels(read, (320, 640, 1280, 1280))
         levels = len(channels)
-        # diffusers called the number of heads `attention_head_dim` in SD 1.x and 2.x, and kept the name.
-        heads = read.spread("attention_head_dim", 8, levels)
-        if json.get("num_attention_heads") is not None:
-            heads = read.spread("num_attention_heads", 8, levels)
-        for width, count in zip(channels, heads, strict=True):
-            if width % count:
-                raise read.error("attention_head_dim", f"{count} heads do not divide {width} channels")
+        layers = _per_level(read, "layers_per_block", 2, levels, MAX_DEPTH)
+        depths = _per_level(read, "transformer_layers_per_block", 1, levels, MAX_DEPTH)
+        if sum(count * (1 + depth) for count, depth in zip(layers, depths, strict=True)) > MAX_BLOCKS:
+            raise read.error("layers_per_block", f"with transformer_layers_per_block over {MAX_BLOCKS} blocks in all")
+        freq_shift = read.number("freq_shift", 0.0)
+        if freq_shift == channels[0] // 2:  # the frequencies' exponent is divided by the difference
+            raise read.error("freq_shift", "must not be half of the first of block_out_channels")
         down = ("CrossAttnDownBlock2D", "DownBlock2D")
         up = ("CrossAttnUpBlock2D", "UpBlock2D")
-        size = json.get("sample_size")
         return cls(
             in_channels=read.integer("in_channels", 4),
             out_channels=read.integer("out_channels", 4),
-            sample_size=read.integer("sample_size", 64) if size is not None else 64,
+            sample_size=_sample_size(read),
             block_out_channels=channels,
-            layers_per_block=read.spread("layers_per_block", 2, levels),
-            down_attention=read.flags("down_block_types", (*(down[0],) * (levels - 1), down[1]), down),
-            up_attention=read.flags("up_block_types", (up[1], *(up[0],) * (levels - 1)), up),
-            num_attention_heads=heads,
-            transformer_layers_per_block=read.spread("transformer_layers_per_block", 1, levels),
+            layers_per_block=layers,
+            down_attention=_attention(read, "down_block_types", (*(down[0],) * (levels - 1), down[1]), down),
+            up_attention=_attention(read, "up_block_types", (up[1], *(up[0],) * (levels - 1)), up),
+            num_attention_heads=_heads(read, channels),
+            transformer_layers_per_block=depths,
             cross_attention_dim=read.integer("cross_attention_dim", 1280),
             use_linear_projection=read.flag("use_linear_projection", False),
             downsample_padding=read.choice("downsample_padding", 1, (0, 1)),
             norm_num_groups=read.integer("norm_num_groups", 32),
-            norm_eps=read.number("norm_eps", 1e-5),
+            norm_eps=read.number("norm_eps", 1e-5, above=0),
             flip_sin_to_cos=read.flag("flip_sin_to_cos", True),
-            freq_shift=read.number("freq_shift", 0.0),
+            freq_shift=freq_shift,
         )
 
 
@@ -124,9 +139,12 @@ class VAEConfig:
     @classmethod
     def from_json(cls, json: Mapping[str, Any]) -> "VAEConfig":
         """From diffusers' AutoencoderKL config.json; CheckpointError on what fastsd cannot run."""
-        read = _Reader(json, "vae")
-        read.require(_VAE_FIXED)
-        channels = read.channels("block_out_channels", (64,), "norm_num_groups")
+        read = JsonReader(json, "vae/config.json", nullable=("shift_factor",))
+        read.require(_VAE_FIXED, _NOT_RUN)
+        channels = _channels(read, (64,))
+        scaling_factor = read.number("scaling_factor", 0.18215)
+        if scaling_factor == 0:
+            raise read.error("scaling_factor", "must not be 0: latents are divided by it")
         down = ("AttnDownEncoderBlock2D", "DownEncoderBlock2D")
         up = ("AttnUpDecoderBlock2D", "UpDecoderBlock2D")
         return cls(
@@ -134,14 +152,14 @@ class VAEConfig:
             out_channels=read.integer("out_channels", 3),
             latent_channels=read.integer("latent_channels", 4),
             block_out_channels=channels,
-            layers_per_block=read.integer("layers_per_block", 1),
-            down_attention=read.flags("down_block_types", (down[1],) * len(channels), down),
-            up_attention=read.flags("up_block_types", (up[1],) * len(channels), up),
+            layers_per_block=read.integer("layers_per_block", 1, high=MAX_DEPTH),
+            down_attention=_attention(read, "down_block_types", (down[1],) * len(channels), down),
+            up_attention=_attention(read, "up_block_types", (up[1],) * len(channels), up),
             mid_block_add_attention=read.flag("mid_block_add_attention", True),
             resamp_with_conv=read.flag("resamp_with_conv", True),
             norm_num_groups=read.integer("norm_num_groups", 32),
-            scaling_factor=read.number("scaling_factor", 0.18215),
-            shift_factor=read.number("shift_factor", 0.0) if json.get("shift_factor") is not None else 0.0,
+            scaling_factor=scaling_factor,
+            shift_factor=read.number("shift_factor", 0.0),
             use_quant_conv=read.flag("use_quant_conv", True),
             use_post_quant_conv=read.flag("use_post_quant_conv", True),
         )
@@ -201,7 +219,14 @@ TINY = ModelConfig(
 """Every kind of block at a size that a CPU test runs in milliseconds."""
 
 
+_NOT_RUN = "fastsd does not run this architecture; it runs SD 1.x and 2.x"
+
 # What must stand at these keys, if they are there at all: the settings of other architectures.
+_CLIP_FIXED: dict[str, tuple[Any, ...]] = {
+    "quantization_config": (None,),
+    "text_config": (None,),  # the settings of a whole CLIP, text and image, whose text half stands one level deeper
+    "use_attention_mask": (None, False),  # diffusers then hides the padding from the encoder
+}
 _UNET_FIXED: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu", "swish"),
     "addition_embed_type": (None,),
@@ -218,6 +243,7 @@ _UNET_FIXED: dict[str, tuple[Any, ...]] = {
     "mid_block_type": ("UNetMidBlock2DCrossAttn",),
     "num_class_embeds": (None,),
     "only_cross_attention": (False,),
+    "quantization_config": (None,),
     "resnet_out_scale_factor": (1.0,),
     "resnet_skip_time_act": (False,),
     "resnet_time_scale_shift": ("default",),
@@ -232,74 +258,61 @@ _VAE_FIXED: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu", "swish"),
     "latents_mean": (None,),
     "latents_std": (None,),
+    "quantization_config": (None,),
 }
-_LARGEST = 1 << 20
 
 
-class _Reader:
-    """Reads one component's JSON; every complaint names the component, the key and what was found."""
+def _sample_size(read: JsonReader) -> int:
+    """One number, or [height, width]: both the same, as there is one default size."""
+    size = read.json.get("sample_size", 64)
+    sides = size if isinstance(size, list | tuple) else (size, size)
+    if len(sides) != 2 or not all(is_integer(side, 1, LARGEST_INTEGER) for side in sides):
+        raise read.error(
+            "sample_size", f"must be {integer_span(1, LARGEST_INTEGER)}, or a list of a height and a width"
+        )
+    if sides[0] != sides[1]:
+        raise read.error("sample_size", "fastsd runs models of a square default size; set it to one number")
+    return int(sides[0])
 
-    def __init__(self, json: Mapping[str, Any], component: str) -> None:
-        self.json = json
-        self.component = component
 
-    def error(self, key: str, why: str) -> CheckpointError:
-        return CheckpointError(f"{self.component}/config.json: {key} = {self.json.get(key)!r}: {why}")
+def _per_level(read: JsonReader, key: str, default: int, levels: int, high: int) -> tuple[int, ...]:
+    """One integer in [1, high] for all levels, or a list with one a level."""
+    value = read.json.get(key, default)
+    if not isinstance(value, list | tuple):
+        return (read.integer(key, default, high=high),) * levels
+    if len(value) != levels or not all(is_integer(v, 1, high) for v in value):
+        raise read.error(key, f"must be {integer_span(1, high)}, or a list of {levels} of them")
+    return tuple(value)
 
-    def require(self, fixed: Mapping[str, tuple[Any, ...]]) -> None:
-        for key, allowed in fixed.items():
-            if key in self.json and self.json[key] not in allowed:
-                hint = " (this is an SDXL model)" if self.json[key] == "text_time" else ""
-                raise self.error(key, f"fastsd does not run this architecture{hint}; it runs SD 1.x and 2.x")
 
-    def integer(self, key: str, default: int) -> int:
-        value = self.json.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST:
-            raise self.error(key, "must be a positive integer")
-        return value
+def _channels(read: JsonReader, default: tuple[int, ...]) -> tuple[int, ...]:
+    """block_out_channels: one a level, each a multiple of norm_num_groups."""
+    value = read.json.get("block_out_channels", default)
+    if not isinstance(value, list | tuple) or not 1 <= len(value) <= 8:
+        raise read.error("block_out_channels", "must be a list of 1 to 8 channel counts")
+    groups = read.integer("norm_num_groups", 32)
+    if not all(is_integer(v, 1, LARGEST_INTEGER) and v % groups == 0 for v in value):
+        raise read.error("block_out_channels", f"must be positive multiples of norm_num_groups = {groups}")
+    return tuple(value)
 
-    def number(self, key: str, default: float) -> float:
-        value = self.json.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e6:
-            raise self.error(key, "must be a finite number")
-        return float(value)
 
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.json.get(key, default)
-        if not isinstance(value, bool):
-            raise self.error(key, "must be true or false")
-        return value
+def _heads(read: JsonReader, channels: tuple[int, ...]) -> tuple[int, ...]:
+    """Attention heads a level, each a divisor of the level's channels."""
+    # diffusers called the number of heads `attention_head_dim` in SD 1.x and 2.x, and kept the name.
+    key = "num_attention_heads" if "num_attention_heads" in read.json else "attention_head_dim"
+    heads = _per_level(read, key, 8, len(channels), LARGEST_INTEGER)
+    for width, count in zip(channels, heads, strict=True):
+        if width % count:
+            raise read.error(key, f"{count} heads do not divide {width} channels")
+    return heads
 
-    def choice(self, key: str, default: Any, choices: tuple[Any, ...]) -> Any:
-        value = self.json.get(key, default)
-        if value not in choices:
-            raise self.error(key, f"must be one of {', '.join(map(str, choices))}")
-        return value
 
-    def spread(self, key: str, default: int, levels: int) -> tuple[int, ...]:
-        """One positive integer for all levels, or a list with one a level."""
-        value = self.json.get(key, default)
-        if not isinstance(value, list | tuple):
-            return (self.integer(key, default),) * levels
-        if len(value) != levels or not all(type(v) is int and 1 <= v <= _LARGEST for v in value):
-            raise self.error(key, f"must be a positive integer, or a list of {levels}")
-        return tuple(value)
-
-    def channels(self, key: str, default: tuple[int, ...], groups_key: str) -> tuple[int, ...]:
-        value = self.json.get(key, default)
-        if not isinstance(value, list | tuple) or not 1 <= len(value) <= 8:
-            raise self.error(key, "must be a list of 1 to 8 channel counts")
-        groups = self.integer(groups_key, 32)
-        if not all(type(v) is int and 1 <= v <= _LARGEST and v % groups == 0 for v in value):
-            raise self.error(key, f"must be positive multiples of {groups_key} = {groups}")
-        return tuple(value)
-
-    def flags(self, key: str, default: tuple[str, ...], kinds: tuple[str, str]) -> tuple[bool, ...]:
-        """Block type names, one a level → True where the block is of the first kind, the one with attention."""
-        value = self.json.get(key, default)
-        if not isinstance(value, list | tuple) or len(value) != len(default):
-            raise self.error(key, f"must be a list of {len(default)} block types, one a level of block_out_channels")
-        for name in value:
-            if name not in kinds:
-                raise self.error(key, f"unknown block type {name!r}; fastsd runs {' and '.join(kinds)}")
-        return tuple(name == kinds[0] for name in value)
+def _attention(read: JsonReader, key: str, default: tuple[str, ...], kinds: tuple[str, str]) -> tuple[bool, ...]:
+    """Block type names, one a level → True where the block is of the first kind, the one with attention."""
+    value = read.json.get(key, default)
+    if not isinstance(value, list | tuple) or len(value) != len(default):
+        raise read.error(key, f"must be a list of {len(default)} block types, one a level of block_out_channels")
+    for name in value:
+        if name not in kinds:
+            raise read.error(key, f"unknown block type {quoted(name)}; fastsd runs {' and '.join(kinds)}")
+    return tuple(name == kinds[0] for name in value)

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 
 import torch
 
-from fastsd.errors import ParameterError
+from fastsd.errors import OutOfMemoryError, ParameterError
+from fastsd.wording import quoted
 
 DTYPES = {
     "float32": torch.float32,
@@ -25,7 +26,7 @@ def select_device(device: str | torch.device) -> torch.device:
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ParameterError(f"device: {device!r} is unknown; choose auto, cpu or cuda") from error
+        raise ParameterError(f"device: {quoted(device)} is unknown; choose auto, cpu or cuda") from error
     if chosen.type not in ("cpu", "cuda"):
         raise ParameterError(f"device: {device!r} is not supported; choose auto, cpu or cuda")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
@@ -39,8 +40,25 @@ def select_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
         return torch.float16 if device.type == "cuda" else torch.float32
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if chosen is None or chosen not in DTYPES.values():
-        raise ParameterError(f"dtype: {dtype!r} is unknown; choose auto, float32, float16 or bfloat16")
+        raise ParameterError(f"dtype: {quoted(dtype)} is unknown; choose auto, float32, float16 or bfloat16")
     return chosen
+
+
+@contextmanager
+def computing(device: torch.device, what: str) -> Iterator[None]:
+    """For the body of every public method: no gradients, no autocast of the caller's, typed errors where memory ends.
+
+    what: what was being made, for the message: "4 images of 512x512 in torch.float16".
+    """
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator raises a bare one
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise OutOfMemoryError(
+            f"{device} has not the memory for {what}; ask for fewer images at a time, or a smaller size"
+        ) from error
 
 
 class Stopwatch:

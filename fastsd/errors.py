@@ -31,3 +31,7 @@ class ImageError(FastSDError, ValueError):
 
 class NumericsError(FastSDError, ArithmeticError):
     """A net produced a non-finite value; the message names the stage and the step."""
+
+
+class OutOfMemoryError(FastSDError, MemoryError):
+    """The device has not the memory for what was asked; the message says what would need less."""

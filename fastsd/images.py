@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from fastsd.checks import FLOATS
 from fastsd.errors import ImageError
 
 MAX_PIXELS = 4096 * 4096
@@ -52,7 +53,7 @@ def to_tensor(image: Any, multiple: int) -> Tensor:
 
     image: a path, a PIL image, a list of either; an array [H, W, 3] or [B, H, W, 3] of uint8, or of floats in [0, 1]; a
     tensor [3, H, W] or [B, 3, H, W] of floats in [−1, 1], as diffusers takes it. Height and width must be multiples of
-    `multiple`.
+    `multiple`. Raises ImageError for anything else.
     """
     if isinstance(image, list | tuple):
         if not image:
@@ -72,8 +73,10 @@ def to_tensor(image: Any, multiple: int) -> Tensor:
         raise ImageError(
             f"image: {x.shape[2]}x{x.shape[1]} pixels; width and height must be multiples of {multiple}: resize or crop it"
         )
-    if not torch.isfinite(x).all():
-        raise ImageError("image: holds NaN or infinite values")
+    if not torch.isfinite(x).all() or x.abs().max() > 1.5:  # a little beyond the range is a decoder's overshoot
+        raise ImageError(
+            "image: values out of range; tensors lie in [-1, 1], float arrays in [0, 1], uint8 in 0 to 255"
+        )
     return x
 
 
@@ -90,15 +93,17 @@ def from_tensor(x: Tensor, output_type: str) -> list[Image.Image] | np.ndarray |
 
 def _from_tensor(image: Tensor) -> Tensor:
     x = image if image.ndim == 4 else image[None]
-    if x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
-        raise ImageError(f"image: a tensor must be float [3, H, W] or [B, 3, H, W], not {tuple(image.shape)}")
-    return x.float().permute(0, 2, 3, 1).contiguous()
+    dense = x.dtype in FLOATS and x.layout == torch.strided and x.device.type != "meta"
+    if x.ndim != 4 or x.shape[1] != 3 or not len(x) or not dense:
+        kind = f"{list(image.shape)} of {image.dtype}"
+        raise ImageError(f"image: a tensor must be dense floats [3, H, W] or [B, 3, H, W], not {kind}")
+    return x.detach().float().permute(0, 2, 3, 1).contiguous()
 
 
 def _from_array(image: Any) -> Tensor:
     array = np.asarray(image)
     array = array if array.ndim == 4 else array[None]
-    if array.ndim != 4 or array.shape[3] != 3 or array.dtype.kind not in "uf":
+    if array.ndim != 4 or array.shape[3] != 3 or not len(array) or array.dtype.kind not in "uf":
         raise ImageError(
             f"image: give a path, a PIL image, or an array [H, W, 3] of uint8 or of floats in [0, 1], not {type(image).__name__}"
         )

@@ -78,6 +78,8 @@ _SETTINGS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
     ("model", "Model", _string),
     ("clip_skip", "Clip skip", _whole),
     ("denoising_strength", "Denoising strength", _number),
+    ("eta", "Eta DDIM", _number),
+    ("guidance_rescale", "CFG rescale", _number),
     ("version", "Version", _string),
 )
 _BY_LABEL = {label: (field, check) for field, label, check in _SETTINGS}
@@ -90,8 +92,8 @@ def format_parameters(fields: Mapping[str, Any]) -> str:
 
     fields: prompt, steps, sampler (the web UI's label), cfg_scale, width and height (pixels); optional, left out when None
     or "": negative_prompt, schedule_type, seed, model_hash, model, clip_skip (the web UI's count, also left out at 1),
-    denoising_strength, version (default: this fastsd). ParameterError names a field that is unknown, missing or of the
-    wrong kind.
+    denoising_strength, eta, guidance_rescale, version (default: this fastsd). ParameterError names a field that is
+    unknown, missing or of the wrong kind.
     """
     unknown = sorted(set(fields) - _KNOWN)
     if unknown:

@@ -1,6 +1,6 @@
 """The seam between the nets and whatever computes them.
 
-`Ops` is handed to every model at construction: `UNet(config, ops=REFERENCE)`. There is no global switch and no fallback;
+`Ops` is handed to every model at construction: `UNet(config, ops=REFERENCE)`. There is no global switch and no silent fallback;
 `dataclasses.replace(ops, geglu=REFERENCE.geglu)` swaps one op, which is how an error is bisected.
 
 The reference ops below are the specification. They are plain PyTorch, run on any device in any floating dtype, and are
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastsd.checks import choice
 from fastsd.errors import ParameterError
 from fastsd.kernels import onednn
 
@@ -237,8 +238,7 @@ def select_ops(backend: str, device: torch.device) -> Ops:
 
     ParameterError for one that is unknown, or that this machine or this version cannot run.
     """
-    if backend not in BACKENDS:
-        raise ParameterError(f"backend: {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    choice("backend", backend, BACKENDS)
     if backend == "triton":
         raise ParameterError("backend: the Triton kernels are not in this version yet; choose auto or reference")
     packed = device.type == "cpu" and onednn.available()

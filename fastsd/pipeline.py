@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from fastsd import images, metadata
 from fastsd.checkpoints import open_folder, resolve
+from fastsd.checks import choice, float_tensor, text_or_none
 from fastsd.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
-from fastsd.device import Stopwatch, select_device, select_dtype
+from fastsd.device import Stopwatch, computing, select_device, select_dtype
 from fastsd.errors import CheckpointError, NumericsError, ParameterError, PromptError
 from fastsd.models.clip import CLIPText
 from fastsd.models.unet import UNet
@@ -27,10 +28,11 @@ from fastsd.models.vae import VAE
 from fastsd.noise import NoiseSource
 from fastsd.ops import StepRow, select_ops
 from fastsd.prompt import encode_prompts
-from fastsd.request import Request, StepCallback, check_request, check_seeds, choice
+from fastsd.request import Request, StepCallback, check_request, check_seeds
 from fastsd.result import Result
 from fastsd.sampling import SAMPLERS, NoiseSchedule, Table, make_table
 from fastsd.tokenizer import Tokenizer
+from fastsd.wording import quoted
 
 BUNDLED = Path(__file__).parent / "assets" / "shapes-64"
 logger = logging.getLogger("fastsd")
@@ -67,6 +69,10 @@ class Pipeline:
         Raises CheckpointError (HubError for the Hub) if the model cannot be had or is not SD 1.x or 2.x, and
         ParameterError for the arguments.
         """
+        if not isinstance(model, str | Path):
+            raise ParameterError(f"model: must be a folder or a Hub id, not {quoted(model)}")
+        for name, value in {"variant": variant, "revision": revision}.items():
+            text_or_none(name, value)
         self.device = select_device(device)
         self.dtype = select_dtype(dtype, self.device)
         self.ops = select_ops(backend, self.device)
@@ -79,7 +85,9 @@ class Pipeline:
             local_files_only=local_files_only,
         )
         folder = open_folder(path, variant=variant, allow_pickle=allow_pickle)
-        self.name = str(model) if str(model) != str(path) else path.resolve().name
+        self.name = (
+            Path(model).resolve().name if Path(model).is_dir() else str(model)
+        )  # never a path: it goes into files
         self.config = ModelConfig(
             text_encoder=CLIPConfig.from_json(folder.text_encoder),
             unet=UNetConfig.from_json(folder.unet),
@@ -89,21 +97,21 @@ class Pipeline:
         self.noise_schedule = NoiseSchedule.from_config(folder.scheduler | {"steps_offset": 1})
         self.tokenizer = Tokenizer.from_folder(folder.tokenizer)
         check_vocabulary(self.tokenizer, self.config.text_encoder)
-        with torch.device("meta"):
+        with torch.inference_mode(False), torch.device("meta"):
             self.text_encoder = CLIPText(self.config.text_encoder, self.ops)
             self.unet = UNet(self.config.unet, self.ops)
             self.vae = VAE(self.config.vae, self.ops)
         nets: dict[str, nn.Module] = {"text_encoder": self.text_encoder, "unet": self.unet, "vae": self.vae}
-        for component, net in nets.items():
-            folder.load_weights(component, net, self.dtype, self.device)
-            net.eval()
+        with torch.inference_mode(False):  # weights that count their changes, wherever the Pipeline is made
+            for component, net in nets.items():
+                folder.load_weights(component, net, self.dtype, self.device)
+                net.eval()
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, **options: Any) -> "Pipeline":
         """A diffusers folder or a Hub id; options as the constructor takes them."""
         return cls(name_or_path, **options)
 
-    @torch.inference_mode()
     def generate(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -132,20 +140,23 @@ class Pipeline:
         """Draw images from a prompt. Names and defaults are diffusers'.
 
         prompt, negative_prompt: one or several; cut at 77 tokens, and then a warning says what fell off.
-        height, width: pixels, multiples of 8; default the size the model was trained at.
-        num_inference_steps: 1 to the length of the noise schedule (1000). guidance_scale: above 1, classifier-free
-        guidance. guidance_rescale: 0 to 1 (arXiv 2305.08891).
-        seed: of the first image, the next take seed + 1, …; or one a image; None or −1: random. An image depends on its
-        own seed alone: it comes out the same in any batch. generator: torch's, instead of seed, as diffusers uses it.
+        height, width: pixels, multiples of the VAE's factor (8 for Stable Diffusion, 4 for the bundled model), 16.8 million
+        together at most; default the size the model was trained at.
+        num_inference_steps: 1 to the length of the noise schedule (1000). guidance_scale: classifier-free guidance where
+        above 1. guidance_rescale: 0 to 1 (arXiv 2305.08891). num_images_per_prompt: 1 to 256, and 256 images in all.
+        seed: 0 to 2⁶⁴ − 1, of the first image, the next take seed + 1, …; or one an image; None or −1: random. An image
+        depends on its own seed alone: it comes out the same in any batch. generator: torch's, instead of seed, as
+        diffusers uses it.
         sampler, schedule: see `fastsd samplers`; default the checkpoint's own. timesteps, sigmas: custom, where the sampler
         takes them. eta: 0 to 1, the noise of DDIM.
         clip_skip: CLIP layers to leave out at the end, 1 = penultimate.
-        latents: the initial noise [B, 4, H/8, W/8]. prompt_embeds: [P, L, C] instead of prompt.
+        latents: the initial noise [B, 4, H/8, W/8], unit Gaussian; the seeds then draw only the noise of the steps.
+        prompt_embeds: [P, L, C] instead of prompt.
         output_type: "pil", "np", "pt" or "latent"; see Result.images.
         callback_on_step_end: f(pipeline, step, timestep, {"latents": [B, 4, H/8, W/8], "num_steps": n}) after each step;
         may return {"latents": replacement}; an exception it raises cancels the call and reaches the caller.
 
-        Raises PromptError, ParameterError; NumericsError if a net produces a non-finite value.
+        Raises PromptError, ParameterError; NumericsError if a net produces a non-finite value; OutOfMemoryError.
         """
         request = check_request(
             self.config,
@@ -165,6 +176,7 @@ class Pipeline:
             generator=generator,
             latents=latents,
             output_type=output_type,
+            callback=callback_on_step_end,
         )
         table = make_table(
             self.noise_schedule,
@@ -177,76 +189,96 @@ class Pipeline:
         )
         clock = Stopwatch(self.device)
         notes = list(request.warnings)
-        with clock.stage("text"):
-            context = self._encode_text(request, notes)
-        with clock.stage("unet"):
-            x = self._denoise(request, table, context, callback_on_step_end)
-        with clock.stage("vae"):
-            drawn = self._draw(x, request.output_type, notes)
+        if request.eta and table.sampler != "ddim":
+            notes.append(f"eta: has no effect on {table.sampler}; it is the noise of ddim")
+        size = f"{request.batch} images of {request.width}x{request.height} in {self.dtype}"
+        with computing(self.device, size):
+            with clock.stage("text"):
+                context, rows = self._encode_text(request, notes)
+            with clock.stage("unet"):
+                x = self._denoise(request, table, context, rows, callback_on_step_end)
+            with clock.stage("vae"):
+                drawn = self._draw(x, request.output_type, notes)
         for note in notes:
             logger.warning(note)
         return Result(drawn, request.seeds, clock.timings, self._parameters(request, table), notes)
 
-    @torch.inference_mode()
     def encode_image(self, image: Any, seed: int | Sequence[int] | None = None) -> Tensor:
         """Images → latents as the UNet sees them, [B, C, H/8, W/8] fp32.
 
         image: a path, PIL images, an array or a tensor; see `fastsd.images.to_tensor`. Without a seed the latents are the
         mean of the VAE's distribution; with one (image i of a batch takes seed + i) they are a sample of it.
+
+        Raises ImageError for the image, ParameterError for the seed, NumericsError if the VAE gives a non-finite value.
         """
-        x = images.to_tensor(image, self.config.vae.downscale).to(self.device, self.dtype)
+        unit = self.config.vae.downscale
+        x = images.to_tensor(image, unit)
         noise = None
         if seed is not None:
-            unit = self.config.vae.downscale
             size = (x.shape[1] // unit, x.shape[2] // unit, self.config.vae.latent_channels)
-            noise = NoiseSource.from_seeds(check_seeds(seed, len(x))).draw(*size, self.device).to(self.dtype)
-        return _nchw(self.vae.encode(x, noise).float())
+            noise = NoiseSource.from_seeds(check_seeds(seed, len(x))).draw(*size, self.device)
+        with computing(self.device, f"encoding {len(x)} images of {x.shape[2]}x{x.shape[1]} in {self.dtype}"):
+            return _nchw(self._finite("encode", [x, noise], []))
 
-    @torch.inference_mode()
     def decode_latents(self, latents: Tensor, output_type: str = "pil") -> "list[Image.Image] | np.ndarray | Tensor":
-        """Latents [B, C, H/8, W/8], as `encode_image` or output_type="latent" gives them → images as output_type asks."""
-        return self._draw(_nhwc(latents.to(self.device, torch.float32)), output_type, [])
+        """Latents [B, C, H/8, W/8], as `encode_image` or output_type="latent" gives them → images as output_type asks.
 
-    def _encode_text(self, request: Request, notes: list[str]) -> Tensor:
-        """→ context [B, L, C], or [2B, L, C] = (negative, positive) with guidance."""
-        positive, negative = request.prompt_embeds, request.negative_prompt_embeds
-        prompts = request.prompts or []
-        negatives = (request.negative_prompts or []) if request.guided else []
-        if prompts or negatives:
-            context, cut = encode_prompts(self.tokenizer, self.text_encoder, [*negatives, *prompts], request.clip_skip)
+        Raises ParameterError for the arguments, NumericsError if the VAE gives a non-finite value.
+        """
+        choice("output_type", output_type, images.OUTPUT_TYPES)
+        shape = (None, self.config.vae.latent_channels, None, None)
+        float_tensor("latents", latents, shape, "images, channels, height, width")
+        with computing(self.device, f"decoding latents {list(latents.shape)} in {self.dtype}"):
+            return self._draw(_nhwc(latents.to(self.device, torch.float32)), output_type, [])
+
+    def _encode_text(self, request: Request, notes: list[str]) -> tuple[Tensor, Tensor]:
+        """→ context [U, L, C], each different prompt once, and for each row of the UNet's batch its row in it.
+
+        The UNet's batch is the B images, or with guidance 2B: their negative prompts, then their prompts.
+        """
+        sides = [(request.negative_prompts, request.negative_prompt_embeds)] if request.guided else []
+        sides.append((request.prompts, request.prompt_embeds))
+        texts = [text for prompts, _ in sides for text in prompts or ()]
+        parts: list[Tensor] = []
+        row_of: dict[str, int] = {}
+        if texts:
+            context, row_of, cut = encode_prompts(self.tokenizer, self.text_encoder, texts, request.clip_skip)
+            parts.append(context)
             notes += cut
-            negative = context[: len(negatives)] if negatives else negative
-            positive = context[len(negatives) :] if prompts else positive
-        assert positive is not None
-        parts = [positive]
-        if request.guided:
-            assert negative is not None
-            if negative.shape != positive.shape:
-                raise PromptError(
-                    f"prompt_embeds: {positive.shape[1]} tokens, but the negative prompt has {negative.shape[1]}; give "
-                    "negative_prompt_embeds of the same shape"
-                )
-            parts = [negative, positive]
-        return torch.cat(
-            [part.to(self.device, self.dtype).repeat_interleave(request.images_per_prompt, 0) for part in parts]
-        )
+        rows: list[list[int]] = []
+        for prompts, embeds in sides:
+            if prompts is not None:
+                rows.append([row_of[prompt] for prompt in prompts])
+            elif embeds is not None:
+                start = sum(map(len, parts))
+                rows.append(list(range(start, start + len(embeds))))
+                parts.append(embeds.to(self.device, self.dtype))
+        if len(lengths := {part.shape[1] for part in parts}) > 1:
+            raise PromptError(
+                f"prompt_embeds: the prompt and the negative prompt differ in tokens ({', '.join(map(str, lengths))}); "
+                "give both as embeddings of one length"
+            )
+        batch = torch.tensor(rows, device=self.device).repeat_interleave(request.images_per_prompt, 1)
+        return torch.cat(parts), batch.flatten()
 
-    def _denoise(self, request: Request, table: Table, context: Tensor, callback: StepCallback | None) -> Tensor:
+    def _denoise(
+        self, request: Request, table: Table, context: Tensor, rows: Tensor, callback: StepCallback | None
+    ) -> Tensor:
         """The loop of every sampler: noise → latents [B, H, W, C] fp32."""
         steps, batch = len(table.timesteps), request.batch
         size = (request.height // self.config.vae.downscale, request.width // self.config.vae.downscale)
         shape = (*size, self.config.vae.latent_channels)
 
         # Once a prompt, once a schedule: nothing below this block is computed twice.
-        keys = self.unet.project_context(context)
+        keys = [(k[rows], v[rows]) for k, v in self.unet.project_context(context)]  # [B or 2B, L, N, D]
         time_bias = self.unet.project_time(self._fp32(table.timesteps))  # [n, T]
         model_input, update = self._fp32(table.model_input), self._fp32(table.update)  # [n, S], [n, S, S+2]
-        guidance = torch.full((batch,), request.guidance_scale, device=self.device)
+        guidance = torch.full((batch,), request.guidance_scale, dtype=torch.float32, device=self.device)
         rescale = torch.full_like(guidance, request.guidance_rescale) if request.guidance_rescale else None
         finite = torch.ones(steps, dtype=torch.bool, device=self.device)
 
         unit = request.noise.draw(*shape, self.device) if request.latents is None else _nhwc(request.latents)
-        state = torch.zeros(update.shape[1], batch, *shape, device=self.device)  # [S, B, H, W, C]
+        state = torch.zeros(table.state_size, batch, *shape, dtype=torch.float32, device=self.device)  # [S, B, H, W, C]
         state[0] = table.initial_scale * unit.to(self.device, torch.float32)
         for step in range(steps):
             x = torch.einsum("s,sbhwc->bhwc", model_input[step], state).to(self.dtype)
@@ -261,35 +293,46 @@ class Pipeline:
         if not finite.all():
             first = int(finite.logical_not().nonzero()[0])
             raise NumericsError(
-                f"unet: a non-finite value at step {first + 1} of {steps} in {self.dtype}; try dtype='float32', "
-                "and `fastsd verify` on the checkpoint"
+                f"unet: a non-finite value at step {first + 1} of {steps} in {self.dtype}{self._advice()}"
             )
         return state[0]
 
     def _call_back(self, callback: StepCallback, step: int, table: Table, state: Tensor) -> None:
         values: dict[str, Any] = {"latents": _nchw(state[0]).clone(), "num_steps": len(table.timesteps)}
-        replaced = (callback(self, step, float(table.timesteps[step]), values) or {}).get("latents")
+        answer = callback(self, step, float(table.timesteps[step]), values)
+        if not isinstance(answer, dict | None):
+            raise ParameterError(f"callback_on_step_end: must return a dict or None, not {quoted(answer)}")
+        replaced = (answer or {}).get("latents")
         if replaced is not None:
             shape = values["latents"].shape
-            if replaced.shape != shape:
-                found = tuple(replaced.shape)
-                raise ParameterError(f"callback_on_step_end: returned latents of shape {found}, not {tuple(shape)}")
+            if not isinstance(replaced, Tensor) or replaced.shape != shape:
+                raise ParameterError(
+                    f"callback_on_step_end: the latents it returns must be a tensor {list(shape)}, not {quoted(replaced)}"
+                )
             state[0] = _nhwc(replaced.to(self.device, torch.float32))
 
     def _draw(self, latents: Tensor, output_type: str, notes: list[str]) -> "list[Image.Image] | np.ndarray | Tensor":
         """Latents [B, H, W, C] → what output_type asks for."""
-        choice("output_type", output_type, images.OUTPUT_TYPES)
         if output_type == "latent":
             return _nchw(latents)
-        image = self.vae.decode(latents.to(self.dtype))
-        if not image.isfinite().all() and self.dtype != torch.float32:
-            notes.append(f"vae: non-finite values in {self.dtype}; decoded again in float32")
-            image = copy.deepcopy(self.vae).float().decode(latents)
-        if not image.isfinite().all():
-            raise NumericsError(
-                "vae: the decoded image holds non-finite values; the latents or the checkpoint are damaged"
-            )
-        return images.from_tensor(image, output_type)
+        return images.from_tensor(self._finite("decode", [latents], notes), output_type)
+
+    def _finite(self, method: str, inputs: list[Tensor | None], notes: list[str]) -> Tensor:
+        """What the VAE's method gives, in fp32. Where half precision overflows it is computed again in fp32, and noted."""
+
+        def run(vae: VAE, dtype: torch.dtype) -> Tensor:
+            return getattr(vae, method)(*[x if x is None else x.to(self.device, dtype) for x in inputs]).float()
+
+        result = run(self.vae, self.dtype)
+        if not result.isfinite().all() and self.dtype != torch.float32:
+            notes.append(f"vae: non-finite values in {self.dtype}; computed again in float32")
+            result = run(copy.deepcopy(self.vae).float(), torch.float32)
+        if not result.isfinite().all():
+            raise NumericsError(f"vae: {method} gives non-finite values; the input or the checkpoint is damaged")
+        return result
+
+    def _advice(self) -> str:
+        return "; the checkpoint is damaged" if self.dtype == torch.float32 else "; try dtype='float32'"
 
     def _parameters(self, request: Request, table: Table) -> list[str]:
         """A1111's text for each image."""
@@ -307,7 +350,9 @@ class Pipeline:
                 "width": request.width,
                 "height": request.height,
                 "model": self.name,
-                "clip_skip": request.clip_skip + 1,  # A1111 counts the last layer as 1
+                "clip_skip": request.clip_skip + 1 if request.prompts else None,  # A1111 counts the last layer as 1
+                "eta": request.eta if request.eta and table.sampler == "ddim" else None,
+                "guidance_rescale": request.guidance_rescale or None,
             }
             texts.append(metadata.format_parameters({key: value for key, value in fields.items() if value is not None}))
         return texts

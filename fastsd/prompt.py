@@ -7,19 +7,23 @@ from torch import Tensor
 
 from fastsd.models.clip import CLIPText
 from fastsd.tokenizer import Tokenizer
+from fastsd.wording import quoted
 
 
 def encode_prompts(
     tokenizer: Tokenizer, text_encoder: CLIPText, prompts: Sequence[str], clip_skip: int = 0
-) -> tuple[Tensor, list[str]]:
-    """Prompts → (context [P, 77, C], warnings). Each different text is encoded once.
+) -> tuple[Tensor, dict[str, int], list[str]]:
+    """Prompts → (context [U, 77, C], each text's row in it, warnings). A text is encoded once however often it stands in P.
 
     A prompt past the encoder's 77 tokens (75 words and pieces of words) is cut there, and a warning says what fell off.
     """
     texts = list(dict.fromkeys(prompts))
     tokens = tokenizer.encode(texts)
     ids = torch.tensor(tokens.ids, device=text_encoder.final_layer_norm.weight.device)  # [U, 77]
-    context = text_encoder(ids, clip_skip)[[texts.index(prompt) for prompt in prompts]]
     limit = tokenizer.max_length
-    warnings = [f"prompt: past {limit} tokens, so this was left out: {text!r}" for text in tokens.dropped if text]
-    return context, warnings
+    warnings = [
+        f"a prompt ({quoted(text)}) is longer than {limit} tokens, so this was left out: {quoted(dropped)}"
+        for text, dropped in zip(texts, tokens.dropped, strict=True)
+        if dropped
+    ]
+    return text_encoder(ids, clip_skip), {text: row for row, text in enumerate(texts)}, warnings

@@ -1,17 +1,19 @@
 """What `generate` was asked for, checked before anything is computed: arguments in, a frozen Request out."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastsd.checks import choice, float_tensor, integer, number
 from fastsd.config import ModelConfig
 from fastsd.errors import ParameterError, PromptError
 from fastsd.images import MAX_PIXELS, OUTPUT_TYPES
 from fastsd.noise import LARGEST_SEED, NoiseSource, random_seed
+from fastsd.tokenizer import check_prompt
+from fastsd.wording import quoted
 
 MAX_IMAGES = 256
 
@@ -70,6 +72,7 @@ def check_request(
     generator: Any,
     latents: Tensor | None,
     output_type: str,
+    callback: Any,
 ) -> Request:
     """The arguments of `Pipeline.generate` as a Request; ParameterError or PromptError names what is wrong and its range."""
     unit = config.vae.downscale
@@ -89,6 +92,11 @@ def check_request(
     warnings = []
     if guidance <= 1.0 and (any(negatives or ()) or negative_prompt_embeds is not None):
         warnings.append(f"negative_prompt has no effect at guidance_scale {guidance:g}: it needs more than 1")
+    if callback is not None and not callable(callback):
+        raise ParameterError(f"callback_on_step_end: must be a function, not {quoted(callback)}")
+    if latents is not None:
+        shape = (batch, config.vae.latent_channels, rows // unit, columns // unit)
+        float_tensor("latents", latents, shape, "images, channels, height, width")
     seeds, noise = _seeds(seed, generator, batch)
     return Request(
         prompts=prompts,
@@ -102,44 +110,15 @@ def check_request(
         guidance_scale=guidance,
         guidance_rescale=number("guidance_rescale", guidance_rescale, 0.0, 1.0),
         eta=number("eta", eta, 0.0, 1.0),
-        clip_skip=integer("clip_skip", clip_skip or 0, 0, config.text_encoder.num_hidden_layers - 1),
+        clip_skip=integer(
+            "clip_skip", 0 if clip_skip is None else clip_skip, 0, config.text_encoder.num_hidden_layers - 1
+        ),
         seeds=seeds,
         noise=noise,
-        latents=_latents(latents, (batch, config.vae.latent_channels, rows // unit, columns // unit)),
+        latents=latents,
         output_type=choice("output_type", output_type, OUTPUT_TYPES),
         warnings=warnings,
     )
-
-
-def integer(name: str, value: Any, low: int, high: int | None) -> int:
-    """value as an int in [low, high], else ParameterError. Numbers that only look like integers are refused."""
-    if isinstance(value, bool) or not hasattr(type(value), "__index__"):
-        raise ParameterError(f"{name}: {value!r} is not an integer; it must be one {_range(low, high)}")
-    value = value.__index__()
-    if value < low or (high is not None and value > high):
-        raise ParameterError(f"{name}: {value} is out of range; it must be {_range(low, high)}")
-    return value
-
-
-def number(name: str, value: Any, low: float, high: float) -> float:
-    """value as a finite float in [low, high], else ParameterError."""
-    if isinstance(value, bool) or not hasattr(type(value), "__float__"):
-        raise ParameterError(f"{name}: {value!r} is not a number; it must be one from {low:g} to {high:g}")
-    value = float(value)
-    if not math.isfinite(value) or not low <= value <= high:
-        raise ParameterError(f"{name}: {value} is out of range; it must be from {low:g} to {high:g}")
-    return value
-
-
-def choice(name: str, value: Any, choices: Sequence[str]) -> str:
-    """value if it is one of choices, else ParameterError that lists them."""
-    if value not in choices:
-        raise ParameterError(f"{name}: {value!r} is unknown; choose one of {', '.join(choices)}")
-    return value
-
-
-def _range(low: int, high: int | None) -> str:
-    return f"{low} or more" if high is None else f"from {low} to {high}"
 
 
 def _present(tensor: Tensor | None) -> Tensor:
@@ -164,57 +143,50 @@ def _prompts(
     if negative is not None and negative_embeds is not None:
         raise PromptError("negative_prompt: give either negative_prompt or negative_prompt_embeds, not both")
     width = config.unet.cross_attention_dim
-    prompts = None
-    if prompt is not None:
-        prompts = [prompt] if isinstance(prompt, str) else list(_strings("prompt", prompt))
-    elif embeds is not None:
-        _check_embeds("prompt_embeds", embeds, width)
-    count = len(prompts) if prompts is not None else len(_present(embeds))
+    prompts = None if prompt is None else _strings("prompt", prompt)
+    count = len(prompts) if prompts is not None else len(_embeds("prompt_embeds", embeds, width))
     if negative_embeds is not None:
-        _check_embeds("negative_prompt_embeds", negative_embeds, width)
+        _embeds("negative_prompt_embeds", negative_embeds, width)
         if embeds is not None and negative_embeds.shape != embeds.shape:
-            raise PromptError(
-                f"negative_prompt_embeds: shape {tuple(negative_embeds.shape)} differs from prompt_embeds' {tuple(embeds.shape)}"
-            )
+            found, wanted = list(negative_embeds.shape), list(embeds.shape)
+            raise PromptError(f"negative_prompt_embeds: shape {found} differs from prompt_embeds' {wanted}")
         if len(negative_embeds) != count:
             raise PromptError(f"negative_prompt_embeds: {len(negative_embeds)} rows for {count} prompts")
         return count, prompts, None
-    negatives = (
-        [negative or ""] * count
-        if negative is None or isinstance(negative, str)
-        else _strings("negative_prompt", negative)
-    )
+    negatives = _strings("negative_prompt", negative or "")
+    if len(negatives) == 1 and not isinstance(negative, list | tuple):
+        negatives *= count
     if len(negatives) != count:
         raise PromptError(f"negative_prompt: {len(negatives)} given for {count} prompts; give one, or one a prompt")
     return count, prompts, negatives
 
 
 def _strings(name: str, value: Any) -> list[str]:
-    if not isinstance(value, list | tuple) or not value or not all(isinstance(one, str) for one in value):
-        raise PromptError(f"{name}: must be a string or a non-empty list of strings, not {value!r:.60}")
-    return list(value)
+    if isinstance(value, str):
+        return [check_prompt(name, value)]
+    if not isinstance(value, list | tuple) or not value:
+        raise PromptError(f"{name}: must be a string or a non-empty list of strings, not {quoted(value)}")
+    return [check_prompt(f"{name}[{index}]", one) for index, one in enumerate(value)]
 
 
-def _check_embeds(name: str, embeds: Any, width: int) -> None:
-    if not isinstance(embeds, Tensor) or embeds.ndim != 3 or embeds.shape[2] != width or not embeds.is_floating_point():
-        found = tuple(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
-        raise PromptError(f"{name}: must be a float tensor [prompts, tokens, {width}], not {found}")
-    if not len(embeds) or not torch.isfinite(embeds).all():
-        raise PromptError(f"{name}: is empty or holds NaN or infinite values")
+def _embeds(name: str, embeds: Any, width: int) -> Tensor:
+    try:
+        return float_tensor(name, embeds, (None, None, width), "prompts, tokens, width")
+    except ParameterError as error:
+        raise PromptError(str(error)) from error
 
 
 def _seeds(seed: Any, generator: Any, batch: int) -> tuple[list[int] | None, NoiseSource]:
     if generator is not None:
         if seed is not None:
             raise ParameterError("seed: give either seed or generator, not both")
-        generators = [generator] if isinstance(generator, torch.Generator) else list(generator)
-        if not all(isinstance(one, torch.Generator) for one in generators):
-            raise ParameterError("generator: must be a torch.Generator or a list of them")
         if isinstance(generator, torch.Generator):
             return None, NoiseSource(generator, batch)
-        if len(generators) != batch:
-            raise ParameterError(f"generator: a list of {len(generators)} for {batch} images; give one an image")
-        return None, NoiseSource(generators, batch)
+        if not isinstance(generator, list | tuple) or not all(isinstance(one, torch.Generator) for one in generator):
+            raise ParameterError(f"generator: must be a torch.Generator or a list of them, not {quoted(generator)}")
+        if len(generator) != batch:
+            raise ParameterError(f"generator: a list of {len(generator)} for {batch} images; give one an image")
+        return None, NoiseSource(generator, batch)
     seeds = check_seeds(seed, batch)
     return seeds, NoiseSource.from_seeds(seeds)
 
@@ -232,16 +204,3 @@ def check_seeds(seed: Any, batch: int) -> list[int]:
 def _seed(value: Any) -> int:
     value = -1 if value is None else integer("seed", value, -1, LARGEST_SEED)
     return random_seed() if value == -1 else value
-
-
-def _latents(latents: Any, shape: tuple[int, ...]) -> Tensor | None:
-    if latents is None:
-        return None
-    if not isinstance(latents, Tensor) or tuple(latents.shape) != shape or not latents.is_floating_point():
-        found = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
-        raise ParameterError(
-            f"latents: must be a float tensor {list(shape)} (images, channels, height, width), not {found}"
-        )
-    if not torch.isfinite(latents).all():
-        raise ParameterError("latents: hold NaN or infinite values")
-    return latents

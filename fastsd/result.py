@@ -13,9 +13,10 @@ class Result:
 
     images: "list[Image.Image] | np.ndarray | Tensor"
     """As output_type asked: "pil" a list of B images; "np" [B, H, W, 3] and "pt" [B, 3, H, W], floats in [0, 1]; "latent"
-    [B, C, H/8, W/8] fp32, unscaled by the VAE's factor."""
+    [B, C, H/8, W/8] fp32, as the UNet sees them and `Pipeline.decode_latents` takes them."""
     seeds: list[int] | None
-    """One an image, each reproduces its image alone; None if the caller's generator drew."""
+    """One an image, each reproduces its image alone (beside the same latents, if any were given); None if the caller's
+    generator drew."""
     timings: dict[str, float]
     """Milliseconds a stage: "text", "unet", "vae", "total"."""
     parameters: list[str]

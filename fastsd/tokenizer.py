@@ -8,7 +8,6 @@ A folder says which strings are special in one of three ways, depending on what 
 `tokenizer_config.json` (transformers 4.34 and later), `added_tokens` inside `tokenizer.json` (transformers 5).
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +17,15 @@ import tokenizers
 from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
+from fastsd.checkpoints.file_bytes import read_capped
+from fastsd.checkpoints.strict_json import read_json
 from fastsd.errors import CheckpointError, PromptError
+from fastsd.wording import quoted, shown
 
 MAX_PROMPT_BYTES = 1_000_000
 """The largest prompt encoded, in bytes of UTF-8."""
 
-_MAX_FILE_BYTES = 64 << 20  # CLIP's own vocabulary takes 2 MB
+_MAX_FILE_BYTES = 16 << 20  # CLIP's own vocabulary takes 1 MB, its tokenizer.json up to 4
 _CLIP_MAX_LENGTH = 77
 
 # CLIP's words, which BPE does not cross. The byte-level step after it splits once more, by GPT-2's pattern.
@@ -65,15 +67,17 @@ class Tokenizer:
     def from_folder(cls, folder: Path) -> "Tokenizer":
         """Read a diffusers `tokenizer/` folder. CheckpointError, naming the file, where one is missing or damaged."""
         folder = Path(folder)
-        config = _read_json(folder / "tokenizer_config.json", optional=True)
+        config = _read_optional(folder / "tokenizer_config.json")
         _check_sides(config, folder / "tokenizer_config.json")
-        fast = _read_json(folder / "tokenizer.json", optional=True)  # transformers prefers it where a folder has both
+        fast = _read_optional(folder / "tokenizer.json")  # transformers prefers it where a folder has both
         vocab_file, merges_file = _vocabulary_files(folder, fast)
         vocab, merges = _vocabulary(vocab_file, merges_file, fast)
         named, added = _special_tokens(folder, config, fast)
         for key in ("bos_token", "eos_token", "unk_token"):
             if str(named[key]) not in vocab:
-                raise CheckpointError(f"{vocab_file}: does not hold {key} {str(named[key])!r}, so this is not CLIP's")
+                raise CheckpointError(
+                    f"{vocab_file}: does not hold {key} {quoted(str(named[key]))}, so this is not CLIP's"
+                )
         bpe = _build(vocab, merges, str(named["unk_token"]), merges_file)
         bpe.add_tokens(added)
         return cls(
@@ -97,7 +101,7 @@ class Tokenizer:
         return Tokens(ids=[ids for ids, _ in rows], dropped=[dropped for _, dropped in rows])
 
     def _encode(self, prompt: str, index: int) -> tuple[list[int], str]:
-        _check_prompt(prompt, index)
+        check_prompt(f"prompts[{index}]", prompt)
         # Start, end and padding are put on here: the library's own way of doing it is state of the shared object.
         encoding = self._bpe.encode(prompt, add_special_tokens=False)
         words, room = encoding.ids, self.max_length - 2
@@ -106,18 +110,20 @@ class Tokenizer:
         return ids + [self.pad_id] * (self.max_length - len(ids)), dropped
 
 
-def _check_prompt(prompt: str, index: int) -> None:
+def check_prompt(name: str, prompt: object) -> str:
+    """The prompt, if it can be encoded; else PromptError. name: what the message calls it, e.g. `negative_prompt`."""
     if not isinstance(prompt, str):
-        raise PromptError(f"prompt {index} is not a string but {type(prompt).__name__}")
+        raise PromptError(f"{name}: must be a string, not {type(prompt).__name__}")
     try:
         size = len(prompt.encode("utf-8"))
     except UnicodeEncodeError as error:
         raise PromptError(
-            f"prompt {index} holds a lone surrogate (U+{ord(prompt[error.start]):04X}) at character {error.start}; "
+            f"{name}: holds a lone surrogate (U+{ord(prompt[error.start]):04X}) at character {error.start}; "
             "decode the text as UTF-8"
         ) from None
     if size > MAX_PROMPT_BYTES:
-        raise PromptError(f"prompt {index} has {size:,} bytes; at most {MAX_PROMPT_BYTES:,} are encoded, so shorten it")
+        raise PromptError(f"{name}: has {size:,} bytes; at most {MAX_PROMPT_BYTES:,} are encoded, so shorten it")
+    return prompt
 
 
 def _build(vocab: dict[str, int], merges: list[tuple[str, str]], unknown: str, source: Path) -> tokenizers.Tokenizer:
@@ -127,7 +133,7 @@ def _build(vocab: dict[str, int], merges: list[tuple[str, str]], unknown: str, s
         )
     except Exception as error:  # the library raises a bare Exception for merges that the vocabulary does not hold
         raise CheckpointError(
-            f"{source}: the merges do not fit the vocabulary ({error}); fetch the folder again"
+            f"{source}: the merges do not fit the vocabulary ({shown(str(error))}); fetch the folder again"
         ) from error
     bpe = tokenizers.Tokenizer(model)
     bpe.normalizer = normalizers.Sequence(
@@ -145,7 +151,7 @@ def _build(vocab: dict[str, int], merges: list[tuple[str, str]], unknown: str, s
 def _token_id(bpe: tokenizers.Tokenizer, named: Mapping[str, str | AddedToken], key: str, source: Path) -> int:
     index = bpe.token_to_id(str(named[key]))
     if index is None:
-        raise CheckpointError(f"{source}: there is no {key} {str(named[key])!r}; fetch the folder again")
+        raise CheckpointError(f"{source}: there is no {key} {quoted(str(named[key]))}; fetch the folder again")
     return int(index)
 
 
@@ -155,31 +161,44 @@ def _special_tokens(
     """The named tokens (bos_token, …) and everything to be matched as one token, in the order in which to add it."""
     # A name that is null in the file means the same as one left out: CLIP's default.
     given = {key: config[key] for key in _NAMED_TOKENS if config.get(key) is not None}
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens")
+    source = folder / "tokenizer_config.json"
+    extra = _extra_tokens(config, source)
     if "added_tokens_decoder" in config:
-        listed = _numbered_tokens(config["added_tokens_decoder"], folder / "tokenizer_config.json")
+        listed = _numbered_tokens(config["added_tokens_decoder"], source)
     else:
-        legacy_map = _read_json(folder / "special_tokens_map.json", optional=True)
+        legacy_map = _read_optional(folder / "special_tokens_map.json")
         given |= {key: legacy_map[key] for key in _NAMED_TOKENS if legacy_map.get(key) is not None}
-        extra = legacy_map.get("additional_special_tokens") or extra
+        extra = _extra_tokens(legacy_map, folder / "special_tokens_map.json") or extra
         names = {_text(token) for token in given.values()}
         listed = _legacy_added_tokens(folder / "added_tokens.json", names) | _listed_tokens(
             fast, folder / "tokenizer.json"
         )
 
     by_text = {str(token): token for token in listed.values()}
-    source = folder / "tokenizer_config.json"
     named = _DEFAULT_NAMES | {key: _added_token(token, f"{source}: {key}") for key, token in given.items()}
     named = {key: by_text.get(str(token), token) for key, token in named.items()}
-    extras = [_added_token(token, f"{source}: additional_special_tokens") for token in extra or () if token is not None]
 
     added: list[str | AddedToken] = [listed[index] for index in sorted(listed)]
-    for token in [*(named[key] for key in _NAMED_TOKENS if key in named), *extras]:
+    for token in [*(named[key] for key in _NAMED_TOKENS if key in named), *extra]:
         # A plain string and an entry with flags are two entries even when their text is the same, as in transformers:
         # "pad_token": "<|endoftext|>" overrides how the "eos_token" entry of that text is matched.
         if str(token) not in by_text and token not in added:
             added.append(token)
     return named, [AddedToken(token, special=True) if isinstance(token, str) else token for token in added]
+
+
+def _extra_tokens(config: Mapping[str, Any], source: Path) -> list[str | AddedToken]:
+    """Special tokens without a role, under either name that transformers has had for them: a list, or named ones."""
+    for key in ("extra_special_tokens", "additional_special_tokens"):
+        value = config.get(key)
+        if not isinstance(value, list | dict | None):
+            raise CheckpointError(
+                f"{source}: {key} must be a list of tokens, not {quoted(value)}; fetch the file again"
+            )
+        if value:
+            tokens = value.values() if isinstance(value, dict) else value
+            return [_added_token(token, f"{source}: {key}") for token in tokens if token is not None]
+    return []
 
 
 def _added_token(value: Any, where: str) -> str | AddedToken:
@@ -200,7 +219,9 @@ def _numbered_tokens(entries: Any, source: Path) -> dict[int, AddedToken]:
     try:
         return {int(index): AddedToken(**_without_type(token)) for index, token in entries.items()}
     except (AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{source}: added_tokens_decoder is damaged ({error}); fetch the file again") from error
+        raise CheckpointError(
+            f"{source}: added_tokens_decoder is damaged ({shown(str(error))}); fetch the file again"
+        ) from error
 
 
 def _listed_tokens(fast: Mapping[str, Any], source: Path) -> dict[int, AddedToken]:
@@ -209,12 +230,14 @@ def _listed_tokens(fast: Mapping[str, Any], source: Path) -> dict[int, AddedToke
         entries = [dict(token) for token in fast.get("added_tokens") or ()]
         return {int(token.pop("id")): AddedToken(**_without_type(token)) for token in entries}
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{source}: added_tokens is damaged ({error}); fetch the file again") from error
+        raise CheckpointError(
+            f"{source}: added_tokens is damaged ({shown(str(error))}); fetch the file again"
+        ) from error
 
 
 def _legacy_added_tokens(source: Path, special: set[str]) -> dict[int, AddedToken]:
     """added_tokens.json, {"<cat>": 49408}: words that a textual inversion added."""
-    entries = _read_json(source, optional=True)
+    entries = _read_optional(source)
     if not all(_is_id(index) for index in entries.values()):
         raise CheckpointError(f"{source}: every value must be a token id; fetch the file again")
     return {
@@ -246,7 +269,10 @@ def _vocabulary(
                 f"{vocab_file}: `model` must be BPE, as CLIP's is; this folder is of another tokenizer"
             )
         return _checked_vocab(model.get("vocab"), vocab_file), _checked_merges(model.get("merges"), merges_file)
-    vocab = _checked_vocab(_read_json(vocab_file), vocab_file)
+    for file in (vocab_file, merges_file):
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing; a tokenizer needs vocab.json and merges.txt, or tokenizer.json")
+    vocab = _checked_vocab(read_json(vocab_file, str(vocab_file), _MAX_FILE_BYTES), vocab_file)
     # Not splitlines(): it also splits where byte-level BPE has ordinary symbols.
     lines = [line.removesuffix("\r") for line in _read_text(merges_file).removesuffix("\n").split("\n")]
     return vocab, _checked_merges([line for line in lines if not line.startswith("#version")], merges_file)
@@ -286,7 +312,9 @@ def _max_length(config: Mapping[str, Any], source: Path) -> int:
     if length is None or (isinstance(length, int | float) and length > 1e9):  # transformers' "unlimited" is 1e30
         return _CLIP_MAX_LENGTH
     if not _is_id(length) or not 3 <= length <= 4096:
-        raise CheckpointError(f"{source}: model_max_length is {length!r}; it must be a whole number from 3 to 4096")
+        raise CheckpointError(
+            f"{source}: model_max_length is {quoted(length)}; it must be a whole number from 3 to 4096"
+        )
     return int(length)
 
 
@@ -294,37 +322,18 @@ def _check_sides(config: Mapping[str, Any], source: Path) -> None:
     for key in ("padding_side", "truncation_side"):
         if config.get(key, "right") != "right":
             raise CheckpointError(
-                f"{source}: {key} is {config[key]!r}; fastsd pads and cuts on the right, as CLIP was trained"
+                f"{source}: {key} is {quoted(config[key])}; fastsd pads and cuts on the right, as CLIP was trained"
             )
 
 
-def _read_json(path: Path, optional: bool = False) -> dict[str, Any]:
-    """A file's JSON object; {} for an optional file that is not there."""
-    if optional and not path.is_file():
-        return {}
-    try:
-        value = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}); fetch the file again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object, not {type(value).__name__}; fetch the file again")
-    return value
+def _read_optional(path: Path) -> dict[str, Any]:
+    """A file's JSON object; {} if there is no such file."""
+    return read_json(path, str(path), _MAX_FILE_BYTES) if path.is_file() else {}
 
 
 def _read_text(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            content = file.read(_MAX_FILE_BYTES + 1)
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} is missing; a tokenizer needs vocab.json and merges.txt, or tokenizer.json"
-        ) from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    if len(content) > _MAX_FILE_BYTES:
-        raise CheckpointError(f"{path}: over {_MAX_FILE_BYTES >> 20} MB; this is not a CLIP vocabulary")
-    try:
-        return content.decode("utf-8")
+        return read_capped(path, str(path), _MAX_FILE_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:
         raise CheckpointError(
             f"{path}: not UTF-8 ({error.reason} at byte {error.start}); fetch the file again"

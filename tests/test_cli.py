@@ -397,8 +397,10 @@ def test_the_process_draws_what_the_library_draws(tmp_path: Path) -> None:
         assert "Clip skip: 2" in text_of(path)
 
 
-def test_the_same_command_writes_the_same_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["plms", "euler_ancestral"])
+def test_the_same_command_writes_the_same_bytes(tmp_path: Path, method: str) -> None:
     command = ("generate", "-p", "a red circle", "--steps", "2", "-s", "5", "-q", "-m", str(BUNDLED))
+    command += ("--sampling-method", method)
     for name in ("a.png", "b.png"):
         result = run(*command, "-o", name, cwd=tmp_path)
         assert result.returncode == 0, result.stderr

@@ -270,6 +270,30 @@ def test_packed_weight_serves_any_size_of_input() -> None:
         torch.testing.assert_close(ops.conv2d(x, w, pad=(1, 1, 1, 1)), REFERENCE.conv2d(x, w, pad=(1, 1, 1, 1)))
 
 
+def test_two_sizes_take_turns_without_packing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    packs: list[object] = []
+    pack = onednn._pack
+    monkeypatch.setattr(onednn, "_pack", lambda w, geometry: packs.append(geometry) or pack(w, geometry))
+    ops, w = onednn_ops(), draw(16, 16, 3, 3, seed=1)
+    for size in (4, 8, 4, 8, 4, 8):
+        ops.conv2d(draw(1, size, size, 16, seed=0), w, pad=(1, 1, 1, 1))
+    assert len(packs) == 2, f"packed {len(packs)} times for two sizes"
+    for size in range(2, 12):
+        ops.conv2d(draw(1, size, size, 16, seed=0), w, pad=(1, 1, 1, 1))
+    assert len(onednn._weights._packed[w]) == onednn.GEOMETRIES, "copies pile up"
+
+
+def test_weights_made_in_inference_mode_are_not_packed() -> None:
+    """They do not count their changes, so a packed copy could be out of date."""
+    with torch.inference_mode():
+        w = draw(16, 16, 3, 3, seed=1)
+        x = draw(1, 6, 6, 16, seed=0)
+        onednn_ops().conv2d(x, w, pad=(1, 1, 1, 1))
+        w.mul_(0.5)
+        after = onednn_ops().conv2d(x, w, pad=(1, 1, 1, 1))
+        torch.testing.assert_close(after, REFERENCE.conv2d(x, w, pad=(1, 1, 1, 1)))
+
+
 def test_packed_weights_go_with_their_weights() -> None:
     ops, x = onednn_ops(), draw(1, 4, 4, 8, seed=0)
     gc.collect()

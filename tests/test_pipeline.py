@@ -1,5 +1,6 @@
 """What a Pipeline promises: meaning, seeds that reproduce alone, threads, callbacks, errors that leave it whole."""
 
+import ast
 import json
 import logging
 import shutil
@@ -14,7 +15,14 @@ import pytest
 import torch
 
 import fastsd
-from fastsd.errors import CheckpointError, FastSDError, NumericsError, ParameterError, PromptError
+from fastsd.errors import (
+    CheckpointError,
+    FastSDError,
+    NumericsError,
+    OutOfMemoryError,
+    ParameterError,
+    PromptError,
+)
 from tests import oracle
 from tests.tolerances import BATCH_LEVELS, BATCH_SHARE
 
@@ -195,7 +203,7 @@ def test_callback_may_replace_the_latents_as_in_diffusers(pipe: fastsd.Pipeline,
         PROMPT, generator=[torch.Generator().manual_seed(6)], output_type="np", callback_on_step_end=halve, **FAST
     ).images
     assert oracle.psnr(ours, theirs) >= 60
-    with pytest.raises(ParameterError, match="latents of shape"):
+    with pytest.raises(ParameterError, match=r"must be a tensor \[1, 4, 16, 16\]"):
         pipe.generate(PROMPT, callback_on_step_end=lambda *_: {"latents": torch.zeros(1)}, **FAST)
 
 
@@ -256,10 +264,14 @@ def test_a_prompt_too_long_is_cut_and_the_result_says_what_fell_off(
     with caplog.at_level(logging.WARNING, "fastsd"):
         result = pipe.generate(long, seed=1, **FAST)
     assert len(result.warnings) == 1
-    assert "left out" in result.warnings[0]
-    assert "purple moon" in result.warnings[0]
-    assert "in the center" not in result.warnings[0]
+    begins, _, dropped = result.warnings[0].partition("left out: ")
+    assert PROMPT[:40] in begins
+    assert dropped.startswith("'circle circle")
     assert result.warnings[0] in caplog.text
+    end = pipe.generate(PROMPT + " circle" * 63 + " purple moon", seed=1, **FAST).warnings
+    assert end[0].endswith("left out: 'moon'"), "75 words fit, the 76th does not"
+    huge = pipe.generate("circle " * 100_000, seed=1, **FAST).warnings
+    assert len(huge[0]) < 300, "a warning is a line, however long the prompt"
     assert pipe.generate(PROMPT, seed=1, **FAST).warnings == []
 
 
@@ -312,6 +324,35 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[FastSDError], str]] = {
     "clip_skip of all layers": ({"clip_skip": 3}, ParameterError, "clip_skip"),
     "latents of another size": ({"latents": torch.zeros(1, 4, 8, 8)}, ParameterError, r"\[1, 4, 16, 16\]"),
     "latents with NaN": ({"latents": torch.full((1, 4, 16, 16), NAN)}, ParameterError, "latents"),
+    "steps an array": ({"num_inference_steps": np.array([3])}, ParameterError, "num_inference_steps"),
+    "steps a float tensor": ({"num_inference_steps": torch.tensor(2.0)}, ParameterError, "num_inference_steps"),
+    "steps of 400 digits": ({"num_inference_steps": 10**400}, ParameterError, "num_inference_steps"),
+    "guidance an array": ({"guidance_scale": np.array([4.0, 5.0])}, ParameterError, "guidance_scale"),
+    "guidance of 400 digits": ({"guidance_scale": 10**400}, ParameterError, "guidance_scale"),
+    "guidance a bool": ({"guidance_scale": True}, ParameterError, "guidance_scale"),
+    "seed a tensor of two": ({"seed": torch.tensor([3, 4])}, ParameterError, "seed"),
+    "generator no list": ({"generator": 3}, ParameterError, "generator"),
+    "clip_skip a bool": ({"clip_skip": False}, ParameterError, "clip_skip"),
+    "clip_skip a string": ({"clip_skip": ""}, ParameterError, "clip_skip"),
+    "output an array": ({"output_type": np.array(["pil"])}, ParameterError, "output_type"),
+    "latents on meta": ({"latents": torch.zeros(1, 4, 16, 16, device="meta")}, ParameterError, "meta"),
+    "latents sparse": ({"latents": torch.zeros(1, 4, 16, 16).to_sparse()}, ParameterError, "sparse"),
+    "latents an array": ({"latents": np.zeros((1, 4, 16, 16))}, ParameterError, "must be a tensor"),
+    "callback a number": ({"callback_on_step_end": 3}, ParameterError, "callback_on_step_end: must be a function"),
+    "callback returns True": ({"callback_on_step_end": lambda *_: True}, ParameterError, "a dict or None"),
+    "callback returns a list": (
+        {"callback_on_step_end": lambda *_: {"latents": [1]}},
+        ParameterError,
+        r"tensor \[1, 4, 16, 16\]",
+    ),
+    "a negative of a megabyte": (
+        {"negative_prompt": "a " * 600_000, "guidance_scale": 1.0},
+        PromptError,
+        "negative_prompt: has 1,200,000 bytes",
+    ),
+    "a negative with a lone surrogate": ({"negative_prompt": "\udc00"}, PromptError, "negative_prompt: holds a lone"),
+    "embeddings of no tokens": ({"prompt": None, "prompt_embeds": torch.ones(1, 0, 128)}, PromptError, "prompt_embeds"),
+    "timesteps and sigmas": ({"timesteps": [9, 3], "sigmas": [3.0, 1.0]}, ParameterError, "not both"),
     "no prompt": ({"prompt": None}, PromptError, "prompt"),
     "prompt and embeddings": ({"prompt_embeds": torch.zeros(1, 77, 128)}, PromptError, "not both"),
     "prompt a number": ({"prompt": 3}, PromptError, "prompt"),
@@ -350,6 +391,11 @@ def test_odd_prompts_are_valid(pipe: fastsd.Pipeline, prompt: str) -> None:
         ({"dtype": torch.int8}, "dtype"),
         ({"backend": "tensorrt"}, "auto, triton, onednn, reference"),
         ({"backend": "triton"}, "not in this version"),
+        ({"backend": np.array(["auto"])}, "backend"),
+        ({"model": None}, "model"),
+        ({"model": 0}, "model"),
+        ({"variant": 3}, "variant"),
+        ({"revision": 3}, "revision"),
     ],
 )
 def test_a_pipeline_that_cannot_be_made_says_why(arguments: dict[str, Any], says: str) -> None:
@@ -395,7 +441,7 @@ def test_a_vae_that_overflows_fp16_is_decoded_again_in_fp32() -> None:
         half.vae.decoder.conv_in.weight *= 3e4  # GroupNorm divides it out again
         half.vae.decoder.conv_in.bias *= 3e4
     result = half.generate(PROMPT, num_inference_steps=20, seed=1, guidance_scale=4.0)
-    assert result.warnings == ["vae: non-finite values in torch.float16; decoded again in float32"]
+    assert result.warnings == ["vae: non-finite values in torch.float16; computed again in float32"]
     assert next(half.vae.parameters()).dtype == torch.float16, "the pipeline itself was changed"
     assert pixels(result).std() > 10
 
@@ -406,6 +452,133 @@ def test_a_vae_that_gives_nan_in_fp32_too_is_an_error() -> None:
         broken.vae.decoder.conv_out.bias.fill_(float("nan"))
     with pytest.raises(NumericsError, match="vae"):
         broken.generate(PROMPT, seed=1, **FAST)
+
+
+@pytest.mark.parametrize(
+    ("latents", "says"),
+    [
+        (None, "must be a tensor"),
+        (np.zeros((1, 4, 16, 16), np.float32), "must be a tensor"),
+        (torch.zeros(4, 16, 16), "shape"),
+        (torch.zeros(1, 3, 16, 16), "shape"),
+        (torch.zeros(0, 4, 16, 16), "shape"),
+        (torch.zeros(1, 4, 0, 16), "shape"),
+        (torch.zeros(1, 4, 16, 16, dtype=torch.complex64), "complex64"),
+        (torch.zeros(1, 4, 16, 16, dtype=torch.int32), "int32"),
+        (torch.full((1, 4, 16, 16), INF), "infinite"),
+    ],
+)
+def test_decode_latents_says_what_is_wrong(pipe: fastsd.Pipeline, latents: Any, says: str) -> None:
+    with pytest.raises(ParameterError, match=f"latents: .*{says}"):
+        pipe.decode_latents(latents)
+
+
+def test_decode_latents_takes_any_size(pipe: fastsd.Pipeline) -> None:
+    assert pipe.decode_latents(torch.zeros(2, 4, 3, 5), output_type="np").shape == (2, 12, 20, 3)
+    with pytest.raises(ParameterError, match="output_type"):
+        pipe.decode_latents(torch.zeros(1, 4, 3, 5), output_type="gif")
+
+
+def test_an_encoder_that_gives_nan_is_an_error() -> None:
+    broken = fastsd.Pipeline(device="cpu")
+    with torch.no_grad():
+        broken.vae.encoder.conv_out.bias.fill_(NAN)
+    with pytest.raises(NumericsError, match="vae: encode"):
+        broken.encode_image(torch.zeros(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize(
+    "message", ["DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.", None]
+)
+def test_running_out_of_memory_says_what_would_need_less(message: str | None) -> None:
+    """The allocators' own errors: the CPU's is a bare RuntimeError, CUDA's a class of its own."""
+    full = fastsd.Pipeline(device="cpu")
+    error = torch.OutOfMemoryError("CUDA out of memory") if message is None else RuntimeError(message)
+
+    def run_out(*_: Any) -> None:
+        raise error
+
+    with pytest.raises(OutOfMemoryError, match=r"2 images of 64x64 in torch\.float32; ask for fewer") as caught:
+        full.generate(PROMPT, num_images_per_prompt=2, callback_on_step_end=run_out, **FAST)
+    assert isinstance(caught.value, MemoryError)
+    assert pixels(full.generate(PROMPT, seed=1, **FAST)).std() > 1
+
+
+def test_another_runtime_error_is_left_as_it_is(pipe: fastsd.Pipeline) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("of the user's own")
+
+    with pytest.raises(RuntimeError, match="of the user's own") as caught:
+        pipe.generate(PROMPT, callback_on_step_end=fail, **FAST)
+    assert not isinstance(caught.value, FastSDError)
+
+
+def test_eta_where_it_does_nothing_is_warned_of_and_written_where_it_does(pipe: fastsd.Pipeline) -> None:
+    plain = pipe.generate(PROMPT, eta=0.5, sampler="euler", seed=1, **FAST)
+    assert "eta: has no effect on euler" in plain.warnings[0]
+    assert "Eta" not in plain.parameters[0]
+    noisy = pipe.generate(PROMPT, eta=0.5, guidance_rescale=0.7, sampler="ddim", seed=1, **FAST)
+    assert noisy.warnings == []
+    assert "Eta DDIM: 0.5, CFG rescale: 0.7" in noisy.parameters[0]
+
+
+# What the caller's PyTorch is set to --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_nothing(pipe: fastsd.Pipeline, dtype: torch.dtype) -> None:
+    expected = pipe.generate(PROMPT, seed=1, guidance_rescale=0.5, **FAST)
+    torch.set_default_dtype(dtype)
+    try:
+        assert np.array_equal(pixels(pipe.generate(PROMPT, seed=1, guidance_rescale=0.5, **FAST)), pixels(expected))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_autocast_changes_nothing(pipe: fastsd.Pipeline) -> None:
+    expected = pipe.generate(PROMPT, seed=1, output_type="latent", **FAST).images
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(pipe.generate(PROMPT, seed=1, output_type="latent", **FAST).images, expected)
+
+
+def test_what_comes_back_may_be_changed_and_trained_on(pipe: fastsd.Pipeline) -> None:
+    image = torch.zeros(1, 3, 64, 64)
+    for tensor in (pipe.encode_image(image), pipe.generate(PROMPT, seed=1, output_type="latent", **FAST).images):
+        tensor.mul_(0.5)
+        layer = torch.nn.Conv2d(4, 4, 1)
+        layer(tensor).sum().backward()
+        assert layer.weight.grad is not None
+
+
+def test_weights_changed_in_place_are_seen_even_if_loaded_in_inference_mode(pipe: fastsd.Pipeline) -> None:
+    """The packed copies must follow: a LoRA is merged in place."""
+    with torch.inference_mode():
+        packed = fastsd.Pipeline(device="cpu")
+    plain = fastsd.Pipeline(device="cpu", backend="reference")
+    for each in (packed, plain):
+        each.generate(PROMPT, seed=1, **FAST)
+        with torch.no_grad():
+            for weight in each.unet.parameters():
+                weight.mul_(0.5)
+    latents = [each.generate(PROMPT, seed=1, output_type="latent", **FAST).images for each in (packed, plain)]
+    oracle.assert_close(*latents, 1e-3, "latents after the change")
+
+
+def test_context_is_projected_once_a_prompt(pipe: fastsd.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+    project = pipe.unet.project_context
+    monkeypatch.setattr(pipe.unet, "project_context", lambda context: seen.append(context.shape) or project(context))
+    pipe.generate([PROMPT, "a star", PROMPT], num_images_per_prompt=4, seed=1, **FAST)
+    assert seen == [(3, 77, 128)], "two different prompts and the empty negative one"
+
+
+@pytest.mark.parametrize("spelling", ["{}/", "{}/../shapes-64", "./shapes-64"])
+def test_a_local_path_never_reaches_a_files_metadata(
+    bundled: Path, spelling: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(bundled.parent)
+    named = fastsd.Pipeline(spelling.format(bundled))
+    assert ", Model: shapes-64, " in named.generate(PROMPT, num_inference_steps=1).parameters[0]
 
 
 # The house ------------------------------------------------------------------------------------------------------------
@@ -425,14 +598,34 @@ def test_import_needs_neither_oracle_nor_triton_and_the_bundled_model_no_network
     assert done.stdout.strip() == "[]"
 
 
+# Which parts of fastsd a part may import, beside its own folder and the plain files that import nothing of the nets.
+PLAIN = {"checks", "config", "errors", "json_reader", "wording", "kernels"}
+
+
 def test_imports_run_one_way() -> None:
-    """Only ops.py imports kernels, and kernels import nothing of the nets: the seam has one place."""
+    """Only ops.py imports kernels; kernels import nothing of fastsd's; models import config, ops and each other."""
     package = Path(fastsd.__file__).parent
-    outside = [path for path in package.rglob("*.py") if path.parent.name != "kernels" and path.name != "ops.py"]
-    for path in outside:
-        assert "fastsd.kernels" not in path.read_text(), f"{path.name} imports a kernel"
-    for path in (package / "kernels").glob("*.py"):
-        text = path.read_text()
-        assert not {"fastsd.models", "fastsd.pipeline", "fastsd.ops"} & set(text.replace(" import", "").split()), (
-            path.name
-        )
+    imported = {path.relative_to(package).as_posix(): fastsd_imports(path) for path in package.rglob("*.py")}
+    assert "kernels" in imported["ops.py"], "the test no longer sees imports"
+    for name, parts in imported.items():
+        if not name.startswith("kernels/") and name != "ops.py":
+            assert "kernels" not in parts, f"{name} imports a kernel"
+        if name.startswith("kernels/"):
+            assert parts <= {"kernels"}, f"{name} imports {parts}"
+        if name.startswith("models/"):
+            assert parts <= {"models", "config", "ops"}, f"{name} imports {parts}"
+        if name.startswith("sampling/") or name.startswith("checkpoints/"):
+            assert parts <= PLAIN | {name.split("/")[0]} - {"kernels"}, f"{name} imports {parts}"
+
+
+def fastsd_imports(path: Path) -> set[str]:
+    """First names below `fastsd` that a file imports, wherever in the file."""
+    parts: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            parts |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("fastsd.")}
+        elif isinstance(node, ast.ImportFrom) and node.module == "fastsd":
+            parts |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastsd."):
+            parts.add(str(node.module).split(".")[1])
+    return parts

@@ -278,7 +278,7 @@ def test_exactly_75_words_fit(load: Any) -> None:
 )
 def test_bad_prompts_are_refused_by_number(prompt: Any, message: str, load: Any) -> None:
     ours, _ = load("bundled")
-    with pytest.raises(PromptError, match=f"prompt 1 .*{message}") as error:
+    with pytest.raises(PromptError, match=rf"^prompts\[1\]: .*{message}") as error:
         ours.encode(["a red circle", prompt])
     assert "\n" not in str(error.value)
     assert ours.encode(["a red circle"]).ids[0][-1] == ours.pad_id  # the next valid request succeeds
@@ -357,8 +357,45 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
     "fast of another kind": ("tokenizer.json", lambda p: p.write_text('{"model": {"type": "Unigram"}}')),
     "fast without merges": ("tokenizer.json", lambda p: p.write_text('{"model": {"type": "BPE", "vocab": {"a": 0}}}')),
     "fast tokens damaged": ("tokenizer.json", lambda p: p.write_text('{"added_tokens": [{"content": "a"}]}')),
+    "vocab key twice": ("vocab.json", lambda p: p.write_text('{"a": 0, ' + p.read_text()[1:-1] + ', "a": 1}')),
+    "vocab over 16 MB": ("vocab.json", lambda p: p.write_text("{" + " " * (17 << 20) + p.read_text()[1:])),
+    "merges over 16 MB": ("merges.txt", lambda p: p.write_text(p.read_text() + "\n" * (17 << 20))),
+    "config NaN": ("tokenizer_config.json", lambda p: p.write_text(p.read_text()[:-2] + ', "x": NaN}')),
+    "config more a number": ("tokenizer_config.json", lambda p: edit(p, lambda v: v.update(extra_special_tokens=5))),
+    "config more a text": (
+        "tokenizer_config.json",
+        lambda p: edit(p, lambda v: v.update(additional_special_tokens="<cat>")),
+    ),
+    "config more of numbers": (
+        "tokenizer_config.json",
+        lambda p: edit(p, lambda v: v.update(additional_special_tokens=[5])),
+    ),
+    "map more a number": (
+        "special_tokens_map.json",
+        lambda p: edit(p, lambda v: v.update(additional_special_tokens=5)),
+    ),
     "added tokens damaged": ("added_tokens.json", lambda p: p.write_text('{"<cat>": "x"}')),
 }
+
+
+@pytest.mark.parametrize(
+    ("file", "more"),
+    [
+        ("special_tokens_map.json", {"additional_special_tokens": ["<cat>", "<dog>"]}),
+        ("tokenizer_config.json", {"additional_special_tokens": ["<cat>", "<dog>"]}),
+        ("tokenizer_config.json", {"extra_special_tokens": ["<cat>", "<dog>"]}),
+        ("tokenizer_config.json", {"extra_special_tokens": {"cat_token": "<cat>", "dog_token": "<dog>"}}),
+        ("tokenizer_config.json", {"extra_special_tokens": [], "additional_special_tokens": None}),
+    ],
+    ids=["map", "older-name", "newer-name", "with-roles", "none"],
+)
+def test_more_special_tokens_equal_transformers(file: str, more: dict[str, Any], tmp_path: Path) -> None:
+    write_release(tmp_path / "tokenizer", END)
+    edit(tmp_path / "tokenizer" / file, lambda config: config.update(more))
+    ours, oracle = Tokenizer.from_folder(tmp_path / "tokenizer"), CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
+    prompts = ["a <cat> and a <dog>", "a<cat>b <DOG>", "cat dog"]
+    assert ours.encode(prompts).ids == expected_ids(oracle, prompts)
+    assert ours.vocab_size == len(oracle)
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

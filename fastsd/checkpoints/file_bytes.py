@@ -45,6 +45,15 @@ def opened(path: Path, label: str) -> Iterator[BinaryIO]:
         raise CheckpointError(f"{label}: cannot be read: {error.strerror or error}") from error
 
 
+def read_capped(path: Path, label: str, limit: int) -> bytes:
+    """The whole of a small file. CheckpointError if it is missing, unreadable or over `limit` bytes."""
+    with opened(path, label) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise CheckpointError(f"{label}: larger than {limit // 2**20} MB, the most it may be")
+    return data
+
+
 def changed(label: str) -> CheckpointError:
     """The error for a file that is not the one checked a moment ago."""
     return CheckpointError(f"{label}: changed while it was being read; load it again when nothing writes to it")

@@ -3,6 +3,7 @@
 model_index.json   unet/  vae/  text_encoder/  (config.json, weights)   scheduler/  (scheduler_config.json)   tokenizer/
 """
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,10 @@ from fastsd.checkpoints.architecture import INPUT_CHANNELS
 from fastsd.checkpoints.strict_json import read_json
 from fastsd.checkpoints.weight_files import COMPONENTS, choose_local, open_weights
 from fastsd.checkpoints.weights import fill_module
-from fastsd.checkpoints.wording import listed, shown
 from fastsd.errors import CheckpointError, ParameterError
+from fastsd.wording import listed, quoted, shown
+
+logger = logging.getLogger("fastsd")
 
 CONFIG_FILES = {
     "unet": "unet/config.json",
@@ -78,15 +81,17 @@ class ModelFolder:
 def open_folder(path: Path, *, variant: str | None = None, allow_pickle: bool = False) -> ModelFolder:
     """Check the layout and JSON of the diffusers folder `path`, and that weights are there; read none.
 
-    `variant` picks `*.{variant}.safetensors`, e.g. "fp16"; None takes the plain file, else the only variant there is.
+    `variant` picks `*.{variant}.safetensors`, e.g. "fp16", and where only some components have it the plain file of the
+    others, which is logged (logger "fastsd"); None takes the plain file, else the only variant there is.
     `allow_pickle` also accepts `.bin` files where there are no safetensors. Code in the folder is never run.
 
     Raises CheckpointError if the folder is missing, incomplete, or holds another architecture.
     """
     path = Path(path)
     configs = read_layout(path)
-    for component in COMPONENTS:
-        choose_local(path, component, variant, allow_pickle)
+    for component, choice in choose_local(path, variant, allow_pickle).items():
+        if variant is not None and choice.variant != variant:
+            logger.warning("%s/ holds no variant %s; %s is read", component, quoted(variant), choice.name)
     return ModelFolder(path=path, tokenizer=path / "tokenizer", variant=variant, allow_pickle=allow_pickle, **configs)
 
 

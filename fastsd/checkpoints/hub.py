@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from fastsd.checkpoints.file_bytes import file_sha256
 from fastsd.checkpoints.folder import CONFIG_FILES, read_layout
-from fastsd.checkpoints.weight_files import COMPONENTS, choose_local, remote_files
-from fastsd.checkpoints.wording import shown
+from fastsd.checkpoints.weight_files import COMPONENTS, choose_all, choose_local, remote_files
 from fastsd.errors import CheckpointError, HubError
+from fastsd.wording import shown
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
@@ -71,8 +71,8 @@ def resolve(
     """A local folder as it is (never touches the network); otherwise a hub id `owner/name`, downloaded or cached.
 
     Of a repository only the JSON, the tokenizer and one set of safetensors are fetched: `variant`'s, or without one the
-    plain files, else the only variant. The configs come first, so another architecture costs no gigabytes. The commit
-    that a branch or tag stood for is logged (logger "fastsd").
+    plain files, else the only variant (as `open_folder` chooses). The configs come first, so another architecture costs
+    no gigabytes. The commit that a branch or tag stood for is logged (logger "fastsd").
 
     Raises CheckpointError if there is no such folder or it is not a model fastsd runs, HubError if the hub does not
     give it: offline and not cached, unauthorised, gated, unknown repository or revision, or a broken download.
@@ -155,20 +155,22 @@ def _list_weights(source: _Source, commit: str) -> "list[RepoFile]":
 
 def _needed(source: _Source, listing: "list[RepoFile]", variant: str | None) -> "Iterator[RepoFile]":
     by_path = {file.path: file for file in listing}
-    for component in COMPONENTS:
-        start = f"{component}/"
-        names = [path.removeprefix(start) for path in by_path if path.startswith(start)]
-        try:
-            for name in remote_files(component, names, variant):
-                yield by_path[start + name]
-        except CheckpointError as error:
-            raise HubError(f"{source}: {error} (only safetensors are downloaded)") from error
+    names = {
+        component: [path.removeprefix(f"{component}/") for path in by_path if path.startswith(f"{component}/")]
+        for component in COMPONENTS
+    }
+    try:
+        choices = choose_all(names, variant, allow_pickle=False)
+    except CheckpointError as error:
+        raise HubError(f"{source}: {error} (only safetensors are downloaded)") from error
+    for component, choice in choices.items():
+        for name in remote_files(choice, component, names[component]):
+            yield by_path[f"{component}/{name}"]
 
 
 def _is_complete(folder: Path, variant: str | None) -> bool:
     try:
-        for component in COMPONENTS:
-            choose_local(folder, component, variant, allow_pickle=False)
+        choose_local(folder, variant, allow_pickle=False)
     except CheckpointError:
         return False
     return True

@@ -16,8 +16,8 @@ import torch
 
 from fastsd.checkpoints.file_bytes import LEGACY_PICKLE, foreign_format, opened, read_exactly
 from fastsd.checkpoints.safetensors_file import MAX_TENSORS, TensorSpec
-from fastsd.checkpoints.wording import shown
 from fastsd.errors import CheckpointError
+from fastsd.wording import shown
 
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 

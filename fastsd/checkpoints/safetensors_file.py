@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 
 from fastsd.checkpoints.file_bytes import changed, foreign_format, opened, read_exactly
 from fastsd.checkpoints.strict_json import parse_object
-from fastsd.checkpoints.wording import shown
 from fastsd.errors import CheckpointError
+from fastsd.wording import shown
 
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_TENSORS = 20_000

@@ -5,9 +5,9 @@ import math
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fastsd.checkpoints.file_bytes import opened
-from fastsd.checkpoints.wording import shown
+from fastsd.checkpoints.file_bytes import read_capped
 from fastsd.errors import CheckpointError
+from fastsd.wording import shown
 
 MAX_JSON_BYTES = 4 * 2**20
 """Largest config or shard index that is read; real ones stay below 200 kB."""
@@ -20,16 +20,12 @@ class _Refused(ValueError):
     """A construct that json accepts and fastsd does not."""
 
 
-def read_json(path: Path, label: str) -> dict[str, Any]:
+def read_json(path: Path, label: str, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The JSON object in the file `path`; `label` is its name in messages.
 
-    Raises CheckpointError if it is missing, unreadable, over 4 MB, not strict JSON or not an object.
+    Raises CheckpointError if it is missing, unreadable, over `max_bytes`, not strict JSON or not an object.
     """
-    with opened(path, label) as file:
-        data = file.read(MAX_JSON_BYTES + 1)
-    if len(data) > MAX_JSON_BYTES:
-        raise CheckpointError(f"{label}: larger than {MAX_JSON_BYTES // 2**20} MB, the most a config or index may be")
-    return parse_object(data, label)
+    return parse_object(read_capped(path, label, max_bytes), label)
 
 
 def parse_object(data: bytes, label: str) -> dict[str, Any]:

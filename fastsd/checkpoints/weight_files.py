@@ -1,11 +1,11 @@
 """Which files hold a component's weights: plain or variant, whole or sharded, safetensors or pickle.
 
-`choose` works on names alone, so that it serves a folder on disk and a listing of the hub alike.
+`choose_all` works on names alone, so that it serves a folder on disk and a listing of the hub alike.
 """
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,12 +14,13 @@ from fastsd.checkpoints.pickle_file import open_pickle
 from fastsd.checkpoints.safetensors_file import MAX_TENSORS, SafetensorsFile, open_safetensors
 from fastsd.checkpoints.strict_json import read_json
 from fastsd.checkpoints.weights import WeightFile
-from fastsd.checkpoints.wording import listed, shown
 from fastsd.errors import CheckpointError
+from fastsd.wording import listed, quoted, shown
 
 COMPONENTS = ("unet", "vae", "text_encoder")
 
 Format = Literal["safetensors", "index", "pickle"]
+_FORMATS: tuple[Format, ...] = ("safetensors", "index", "pickle")  # the best first
 
 # What diffusers and transformers call the files of their models.
 _STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -38,29 +39,57 @@ class Choice:
     variant: str | None
 
 
+def choose_all(listing: Mapping[str, Iterable[str]], variant: str | None, allow_pickle: bool) -> dict[str, Choice]:
+    """The file to read of each component, by `choose`; `listing` has the names in each one's folder.
+
+    As in diffusers, a component without the `variant` is read from its plain file, if another component has it.
+    Raises CheckpointError if a component has nothing that fits, or none has the variant.
+    """
+    names = {component: list(listing.get(component, ())) for component in COMPONENTS}
+    choices = {component: choose(component, names[component], variant, allow_pickle) for component in COMPONENTS}
+    if variant is not None and all(choice.variant != variant for choice in choices.values()):
+        there = {
+            choice.variant or "plain" for component in COMPONENTS for choice in _known(component, names[component])
+        }
+        raise CheckpointError(f"no component holds the variant {quoted(variant)}; variants there: {listed(there)}")
+    return choices
+
+
 def choose(component: str, names: Iterable[str], variant: str | None, allow_pickle: bool) -> Choice:
     """The file among `names` (those in the component's folder) to read.
 
-    A given `variant` is taken and nothing else; without one the plain file, else the only variant there is. One file
-    is preferred to shards, and safetensors to a pickle, which is only taken if `allow_pickle`.
+    A given `variant`, else the plain file; without one the plain file, else the only variant there is. One file is
+    preferred to shards, and safetensors to a pickle, which is only taken if `allow_pickle`.
     Raises CheckpointError if nothing fits, naming what there is.
     """
     names = sorted(names)
-    candidates = [choice for name in names if (choice := _classify(component, name)) is not None]
-    safe = [choice for choice in candidates if choice.format != "pickle"]
-    pickles = [choice for choice in candidates if choice.format == "pickle"]
-    chosen = _pick(component, safe, variant) or _pick(component, pickles, variant)
+    candidates = _known(component, names)
+    if variant is not None:
+        fitting = [choice for choice in candidates if choice.variant in (variant, None)]
+    else:
+        safe = [choice for choice in candidates if choice.format != "pickle"]
+        fitting = _plain_or_only(component, safe) or _plain_or_only(component, candidates)
+
+    def rank(choice: Choice) -> tuple[bool, bool, int]:
+        refused = choice.format == "pickle" and not allow_pickle
+        return refused, choice.variant != variant, _FORMATS.index(choice.format)
+
+    chosen = min(fitting, key=rank, default=None)
     if chosen is None:
         found = {choice.variant or "plain" for choice in candidates}
-        wanted = f"variant {shown(variant)!r}" if variant else "usable weights"
+        missing = f"neither the variant {quoted(variant)} nor plain weights" if variant else "no usable weights"
         there = f"variants there: {listed(found)}" if found else f"files there: {listed(names) or 'none'}"
-        raise CheckpointError(f"{component}/ holds no {wanted}: expected {_STEMS[component]}.safetensors; {there}")
+        raise CheckpointError(f"{component}/ holds {missing}: expected {_STEMS[component]}.safetensors; {there}")
     if chosen.format == "pickle" and not allow_pickle:
         raise CheckpointError(
             f"{component}/{shown(chosen.name)} is a pickle, which can carry code: convert it to safetensors, or pass "
             "allow_pickle=True if you trust where it comes from"
         )
     return chosen
+
+
+def _known(component: str, names: Iterable[str]) -> list[Choice]:
+    return [choice for name in names if (choice := _classify(component, name)) is not None]
 
 
 def _classify(component: str, name: str) -> Choice | None:
@@ -78,24 +107,17 @@ def _classify(component: str, name: str) -> Choice | None:
     return None
 
 
-def _pick(component: str, candidates: list[Choice], variant: str | None) -> Choice | None:
+def _plain_or_only(component: str, candidates: list[Choice]) -> list[Choice]:
+    """The plain ones; where there are none, those of the only variant."""
     variants = {choice.variant for choice in candidates}
-    if variant is None and variants and None not in variants:
-        if len(variants) > 1:
-            names = listed({name for name in variants if name})
-            raise CheckpointError(
-                f"{component}/ holds several variants and no plain file: pass variant= one of {names}"
-            )
-        (variant,) = variants
-    order: tuple[Format, ...] = ("safetensors", "index", "pickle")
-    fitting = [choice for choice in candidates if choice.variant == variant]
-    return min(fitting, key=lambda choice: order.index(choice.format), default=None)
+    if len(variants) > 1 and None not in variants:
+        names = listed({name for name in variants if name})
+        raise CheckpointError(f"{component}/ holds several variants and no plain file: pass variant= one of {names}")
+    return [choice for choice in candidates if choice.variant is None or None not in variants]
 
 
-def remote_files(component: str, names: Iterable[str], variant: str | None) -> list[str]:
-    """The names to download for a component, given all `names` in its folder on the hub: safetensors only."""
-    names = list(names)
-    choice = choose(component, names, variant, allow_pickle=False)
+def remote_files(choice: Choice, component: str, names: Iterable[str]) -> list[str]:
+    """The names to download for the chosen file, given all `names` in the component's folder on the hub."""
     if choice.format != "index":
         return [choice.name]
     stem, tail = re.escape(_STEMS[component]), re.escape(f".{choice.variant}") if choice.variant else ""
@@ -103,27 +125,31 @@ def remote_files(component: str, names: Iterable[str], variant: str | None) -> l
     return [choice.name, *sorted(name for name in names if shard.fullmatch(name))]
 
 
-def choose_local(folder: Path, component: str, variant: str | None, allow_pickle: bool) -> Choice:
-    """`choose` among the files of a component's folder on disk; also checks that an index's shards are there."""
-    try:
-        names = os.listdir(folder / component)
-    except OSError as error:
-        raise CheckpointError(f"{component}/: cannot be read: {error.strerror or error}") from error
-    choice = choose(component, names, variant, allow_pickle)
-    if choice.format == "index":
-        _read_index(folder / component, component, choice.name)
-    return choice
+def choose_local(folder: Path, variant: str | None, allow_pickle: bool) -> dict[str, Choice]:
+    """`choose_all` among the files on disk; also checks that an index's shards are there."""
+    choices = choose_all({name: _names(folder, name) for name in COMPONENTS}, variant, allow_pickle)
+    for component, choice in choices.items():
+        if choice.format == "index":
+            _read_index(folder / component, component, choice.name)
+    return choices
 
 
 def open_weights(folder: Path, component: str, variant: str | None, allow_pickle: bool) -> list[WeightFile]:
     """The chosen files, their headers read and checked."""
-    choice = choose_local(folder, component, variant, allow_pickle)
+    choice = choose(component, _names(folder, component), variant, allow_pickle)
     path, label = folder / component / choice.name, f"{component}/{choice.name}"
     if choice.format == "pickle":
         return [open_pickle(path, label)]
     if choice.format == "safetensors":
         return [open_safetensors(path, label)]
     return list(_open_shards(folder / component, component, choice.name))
+
+
+def _names(folder: Path, component: str) -> list[str]:
+    try:
+        return os.listdir(folder / component)
+    except OSError as error:
+        raise CheckpointError(f"{component}/: cannot be read: {error.strerror or error}") from error
 
 
 def _open_shards(folder: Path, component: str, index_name: str) -> list[SafetensorsFile]:

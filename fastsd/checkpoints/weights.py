@@ -13,8 +13,8 @@ from fastsd.checkpoints.architecture import INPUT_CHANNELS, recognise
 from fastsd.checkpoints.keys import module_name, module_shape
 from fastsd.checkpoints.pickle_file import PickleFile
 from fastsd.checkpoints.safetensors_file import MAX_TENSORS, SafetensorsFile
-from fastsd.checkpoints.wording import listed, shown
 from fastsd.errors import CheckpointError
+from fastsd.wording import listed, shown
 
 WeightFile = SafetensorsFile | PickleFile
 Shape = tuple[int, ...]

@@ -4,11 +4,13 @@ PyTorch hands oneDNN the checkpoint-shaped weight, and oneDNN reorders it into i
 3×3 convolutions at 8×8 and 4×4 pixels that takes three to ten times as long as the arithmetic. And on AMD CPUs PyTorch's fp32
 GEMM runs at under half the rate of oneDNN's 1×1 convolution, which computes the same sums. The figures are in bench/results/.
 
-A packed weight takes as much memory again as the weight. It is made for the size of input it first meets (oneDNN chooses the
-layout by it), and made again when another size comes or the weight has changed.
+A packed weight takes as much memory again as the weight. It is made for the size of input that it meets (oneDNN chooses the
+layout by it), and made again when the weight has changed. The copies are kept beside the weights, in this module, for all nets
+of the process, and go when their weights go.
 """
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,6 +21,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 Geometry = tuple[tuple[int, ...], int, tuple[int, int]]
 """(input shape NCHW, stride, (vertical, horizontal) padding)."""
+GEOMETRIES = 2
+"""Packed copies kept of a weight: two sizes of picture may take turns, or guidance be on and off, without packing anew."""
 
 
 def available() -> bool:
@@ -27,16 +31,14 @@ def available() -> bool:
 
 
 def supports(x: Tensor, w: Tensor) -> bool:
-    """fp32, and bf16 where the CPU multiplies it; on the CPU; not for training, since there is no backward."""
-    dtype_runs = x.dtype == torch.float32 or (
-        x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
-    return (
-        x.device.type == "cpu"
-        and x.dtype == w.dtype
-        and dtype_runs
-        and not (torch.is_grad_enabled() and w.requires_grad)
-    )
+    """fp32, and bf16 where the CPU multiplies it; on the CPU; not for training, since there is no backward.
+
+    Nor weights made in inference mode: they do not count their changes, so a packed copy could be out of date.
+    """
+    bf16 = x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    trained = torch.is_grad_enabled() and (w.requires_grad or x.requires_grad)
+    runs = x.device.type == "cpu" and x.dtype == w.dtype and (x.dtype == torch.float32 or bf16)
+    return runs and not trained and not w.is_inference()
 
 
 def pays(x: Tensor, w: Tensor) -> bool:
@@ -71,25 +73,27 @@ def _convolve(x: Tensor, w: Tensor, b: Tensor | None, stride: int, pad: tuple[in
 
 class _Packed(NamedTuple):
     weight: Tensor
-    geometry: Geometry
     version: tuple[int, int]
 
 
 class _PackedWeights:
-    """The packed copy of each live weight. Threads may share it."""
+    """The packed copies of each live weight, for the geometries it last met. Threads may share it."""
 
     def __init__(self) -> None:
         self._packed = WeakTensorKeyDictionary()
         self._lock = threading.Lock()
 
     def get(self, w: Tensor, geometry: Geometry) -> Tensor:
-        version = (w.data_ptr(), 0 if w.is_inference() else w._version)
+        version = (w.data_ptr(), w._version)
         with self._lock:
-            entry: _Packed | None = self._packed.get(w)
-            if entry is None or entry.geometry != geometry or entry.version != version:
-                entry = _Packed(_pack(w, geometry), geometry, version)
-                self._packed[w] = entry
-            return entry.weight
+            copies: OrderedDict[Geometry, _Packed] = self._packed.setdefault(w, OrderedDict())
+            packed = copies.get(geometry)
+            if packed is None or packed.version != version:
+                packed = copies[geometry] = _Packed(_pack(w, geometry), version)
+            copies.move_to_end(geometry)
+            if len(copies) > GEOMETRIES:
+                copies.popitem(last=False)
+            return packed.weight
 
 
 def _pack(w: Tensor, geometry: Geometry) -> Tensor:

@@ -13,6 +13,7 @@ from fastsd.sampling.names import SAMPLERS, SamplerInfo, canonical_sampler, cano
 from fastsd.sampling.schedule import NoiseSchedule, Vector
 from fastsd.sampling.spacing import Walk
 from fastsd.sampling.table import Table
+from fastsd.wording import quoted
 
 SIGMA_RANGE = (1e-4, 1e4)  # a hundred times wider than any checkpoint's, and safe to square and to divide by
 
@@ -29,20 +30,20 @@ def make_table(
 ) -> Table:
     """The table of a sampler; it computes what its diffusers twin does, made by ``from_config`` of the same config.
 
-    steps       in [1, T]; not looked at where timesteps or sigmas are given, as in diffusers
+    steps       in [1, T]; not looked at where timesteps or sigmas are given, as in diffusers: even 0 is right there
     sampler     any name `canonical_sampler` takes, None: the checkpoint's own
     schedule    any name `canonical_schedule` takes, None: the one in the sampler's name, else the checkpoint's own
     eta         in [0, 1], the noise DDIM adds; the other samplers have no such knob and leave it, as diffusers does
-    timesteps   strictly falling, in [0, T), for the samplers whose twin takes them
+    timesteps   numbers, strictly falling, in [0, T), for the samplers whose twin takes them
     sigmas      strictly falling, in SIGMA_RANGE, likewise; the walk ends at 0, which may be left out
 
-    ParameterError names the argument that is wrong and its range.
+    ParameterError begins with the name of the argument that is wrong (of `Pipeline.generate`) and a colon.
     """
     info, named_schedule = _sampler(noise, sampler)
     if not (_is_real(eta) and 0 <= eta <= 1):
-        raise ParameterError(f"eta must be between 0 and 1, got {eta!r}")
+        raise ParameterError(f"eta: {quoted(eta)} is not right; it must be a number from 0 to 1")
     if timesteps is not None and sigmas is not None:
-        raise ParameterError("give timesteps or sigmas, not both")
+        raise ParameterError("timesteps: give either timesteps or sigmas, not both")
     asked = _asked_schedule(schedule, named_schedule)
     if sigmas is not None:  # they overrule the checkpoint's own schedule, as in diffusers
         walk = _sigmas_walk(info, asked or "uniform", sigmas)
@@ -55,10 +56,11 @@ def make_table(
 
 def _spaced_walk(noise: NoiseSchedule, info: SamplerInfo, schedule: str, steps: int) -> Walk:
     if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or not 1 <= steps <= noise.train_steps:
-        raise ParameterError(f"num_inference_steps must be an integer from 1 to {noise.train_steps}, got {steps!r}")
+        span = f"an integer from 1 to {noise.train_steps}"
+        raise ParameterError(f"num_inference_steps: {quoted(steps)} is out of range; it must be {span}")
     if schedule not in info.schedules:
         takers = ", ".join(other.id for other in SAMPLERS.values() if schedule in other.schedules)
-        raise ParameterError(f"{info.id} does not take the {schedule} schedule; the samplers that do: {takers}")
+        raise ParameterError(f"schedule: {info.id} does not take {schedule}; the samplers that do: {takers}")
     return Walk(int(steps), schedule)
 
 
@@ -67,9 +69,10 @@ def _timesteps_walk(noise: NoiseSchedule, info: SamplerInfo, schedule: str, time
     _require_uniform("timesteps", schedule)
     stops = _falling("timesteps", timesteps)
     if stops[0] >= noise.train_steps or stops[-1] < 0:
-        raise ParameterError(f"timesteps must lie in [0, {noise.train_steps}), got {stops[0]:g} to {stops[-1]:g}")
+        found = f"{stops[0]:g} to {stops[-1]:g}"
+        raise ParameterError(f"timesteps: {found} is out of range; they must lie in [0, {noise.train_steps})")
     if info.whole_timesteps and not np.array_equal(stops, stops.round()):
-        raise ParameterError(f"timesteps must be whole numbers for {info.id}; euler takes fractional ones")
+        raise ParameterError(f"timesteps: must be whole numbers for {info.id}; euler takes fractional ones")
     return Walk(len(stops), "custom", timesteps=stops)
 
 
@@ -81,7 +84,7 @@ def _sigmas_walk(info: SamplerInfo, schedule: str, sigmas: Sequence[float]) -> W
         stops = stops[:-1]
     low, high = SIGMA_RANGE
     if not stops.size or stops[0] > high or stops[-1] < low:
-        raise ParameterError(f"sigmas must lie in [{low:g}, {high:g}], except for a final 0 that may be left out")
+        raise ParameterError(f"sigmas: must lie in [{low:g}, {high:g}], except for a final 0 that may be left out")
     return Walk(len(stops), "custom", sigmas=stops)
 
 
@@ -91,9 +94,7 @@ def _sampler(noise: NoiseSchedule, name: str | None) -> tuple[SamplerInfo, str |
         return SAMPLERS[sampler], schedule
     if noise.sampler not in SAMPLERS:
         known = ", ".join(SAMPLERS)
-        raise ParameterError(
-            f"fastsd has not the checkpoint's own sampler {noise.sampler}; choose sampler from {known}"
-        )
+        raise ParameterError(f"sampler: fastsd has not the checkpoint's own, {noise.sampler}; choose one of {known}")
     return SAMPLERS[noise.sampler], None
 
 
@@ -102,10 +103,10 @@ def _asked_schedule(schedule: str | None, named: str | None) -> str | None:
     if schedule is None:
         return named
     chosen = canonical_schedule(schedule)
+    if chosen is None:
+        return named
     if named not in (None, chosen):
-        raise ParameterError(
-            f"the sampler's name says schedule {named}, the schedule argument {chosen}; give one of them"
-        )
+        raise ParameterError(f"schedule: {chosen}, but the sampler's name says {named}; give one of them")
     return chosen
 
 
@@ -114,31 +115,36 @@ def _default_schedule(noise: NoiseSchedule, info: SamplerInfo) -> str:
         return "uniform"
     if noise.schedule not in info.schedules:
         known = ", ".join(info.schedules)
-        raise ParameterError(
-            f"fastsd has not the checkpoint's own schedule {noise.schedule}; choose schedule from {known}"
-        )
+        raise ParameterError(f"schedule: fastsd has not the checkpoint's own, {noise.schedule}; choose one of {known}")
     return noise.schedule
 
 
 def _require_taken(name: str, info: SamplerInfo, takers: list[str]) -> None:
     if info.id not in takers:
-        raise ParameterError(f"{info.id} does not take {name}; the samplers that do: {', '.join(takers)}")
+        raise ParameterError(f"{name}: {info.id} does not take them; the samplers that do: {', '.join(takers)}")
 
 
 def _require_uniform(name: str, schedule: str) -> None:
     if schedule != "uniform":
-        raise ParameterError(f"{name} and the {schedule} schedule exclude each other; pass schedule='uniform'")
+        raise ParameterError(f"{name}: exclude the {schedule} schedule; pass schedule='uniform'")
 
 
 def _falling(name: str, values: Sequence[float]) -> Vector:
-    try:
-        stops = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ParameterError(f"{name} must be a list of numbers ({error})") from error
-    if stops.ndim != 1 or not stops.size or not np.all(np.isfinite(stops)) or not np.all(np.diff(stops) < 0):
-        raise ParameterError(f"{name} must be a non-empty list of finite numbers, each smaller than the one before")
+    """A list, tuple, array or tensor of numbers as float64. Strings and booleans, which numpy would convert, are refused."""
+    items = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(items, Sequence) or isinstance(items, str | bytes) or not all(_is_real(item) for item in items):
+        raise ParameterError(f"{name}: must be a list of finite numbers, not {quoted(items, 60)}")
+    stops = np.array([float(item) for item in items])
+    if not stops.size or not np.all(np.diff(stops) < 0):
+        raise ParameterError(f"{name}: must be a non-empty list of numbers, each smaller than the one before")
     return stops
 
 
 def _is_real(value: object) -> bool:
-    return isinstance(value, int | float | np.floating) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a number, and finite as a float: an integer of 400 digits is not."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False

@@ -14,6 +14,7 @@ from fastsd.sampling.plms import plms
 from fastsd.sampling.schedule import NoiseSchedule
 from fastsd.sampling.spacing import Walk
 from fastsd.sampling.table import Table
+from fastsd.wording import quoted
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ SAMPLERS: dict[str, SamplerInfo] = {
 }
 
 SCHEDULE_ALIASES: dict[str, tuple[str, ...]] = {"uniform": ("normal",), "karras": ()}
+AUTOMATIC = "automatic"
 
 
 def schedules() -> tuple[str, ...]:
@@ -129,15 +131,21 @@ def canonical_sampler(name: str) -> tuple[str, str | None]:
         stem = key.removesuffix(schedule_key)
         if stem != key and stem in _SAMPLER_KEYS:
             return _SAMPLER_KEYS[stem], schedule
-    raise ParameterError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}")
+    raise ParameterError(f"sampler: {quoted(name)} is unknown; choose one of {', '.join(SAMPLERS)}")
 
 
-def canonical_schedule(name: str) -> str:
-    """The canonical name of a schedule, of "Karras", "normal", …; ParameterError, which lists the known ones."""
-    schedule = _SCHEDULE_KEYS.get(_key(name))
-    if schedule is None:
-        raise ParameterError(f"unknown schedule {name!r}; known: {', '.join(SCHEDULE_ALIASES)}")
-    return schedule
+def canonical_schedule(name: str) -> str | None:
+    """The canonical name of a schedule, of "Karras", "normal", …; ParameterError, which lists the known ones.
+
+    None for "Automatic", AUTOMATIC1111's default: the one in the sampler's name, else the checkpoint's own.
+    """
+    key = _key(name)
+    if key == AUTOMATIC:
+        return None
+    if key not in _SCHEDULE_KEYS:
+        known = ", ".join((*SCHEDULE_ALIASES, AUTOMATIC))
+        raise ParameterError(f"schedule: {quoted(name)} is unknown; choose one of {known}")
+    return _SCHEDULE_KEYS[key]
 
 
 def _key(name: object) -> str:

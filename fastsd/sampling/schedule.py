@@ -11,13 +11,18 @@ import numpy as np
 import numpy.typing as npt
 
 from fastsd.errors import CheckpointError
+from fastsd.json_reader import JsonReader
+from fastsd.wording import quoted, shown
 
 Vector = npt.NDArray[np.float64]
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "trailing", "linspace")
 FINAL_SIGMAS_TYPES = ("zero", "sigma_min")
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 MAX_TRAIN_STEPS = 100_000  # a hundred times what is usual: a damaged file must not fill the memory
+
+CONFIG_FILE = "scheduler/scheduler_config.json"
 
 SAMPLER_OF_CLASS = {
     "DDPMScheduler": "ddpm",
@@ -41,6 +46,16 @@ ACCEPTED_OPTIONS: dict[str, tuple[Any, ...]] = {
     "lambda_min_clipped": (None, -math.inf),
 }
 
+# Options that make another sampler of a class: (diffusers' default, the value that fastsd runs).
+VARIANTS: dict[str, dict[str, tuple[Any, Any]]] = {
+    "DPMSolverMultistepScheduler": {
+        "algorithm_type": ("dpmsolver++", "dpmsolver++"),
+        "solver_order": (2, 2),
+        "solver_type": ("midpoint", "midpoint"),
+    },
+    "PNDMScheduler": {"skip_prk_steps": (False, True)},  # False: Runge-Kutta steps before PLMS
+}
+
 SCHEDULE_OF_OPTION = {
     "use_karras_sigmas": "karras",
     "use_exponential_sigmas": "exponential",
@@ -48,6 +63,12 @@ SCHEDULE_OF_OPTION = {
     "use_lu_lambdas": "lu",
     "use_flow_sigmas": "flow",
 }
+
+# The keys whose null diffusers' classes take for "not set".
+NULLABLE = (
+    *("prediction_type", "timestep_spacing", "steps_offset", "set_alpha_to_one", "final_sigmas_type", "trained_betas"),
+    *SCHEDULE_OF_OPTION,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,16 +99,12 @@ class NoiseSchedule:
     euler_at_final: bool = False
 
     def __post_init__(self) -> None:
-        _require_one_of("prediction_type", self.prediction_type, PREDICTION_TYPES)
-        _require_one_of("timestep_spacing", self.timestep_spacing, (*SPACINGS, None))
-        _require_one_of("final_sigmas_type", self.final_sigmas_type, FINAL_SIGMAS_TYPES)
-        if isinstance(self.steps_offset, bool) or not isinstance(self.steps_offset, int) or self.steps_offset < 0:
-            raise CheckpointError(f"scheduler config: steps_offset must be an integer >= 0, got {self.steps_offset!r}")
         alphas = np.asarray(self.alphas_cumprod, dtype=np.float64)
+        betas = f"{CONFIG_FILE}: the betas (beta_schedule, beta_start, beta_end, num_train_timesteps, trained_betas)"
         if alphas.ndim != 1 or not alphas.size or not (np.all(alphas > 0) and np.all(alphas < 1)):
-            raise CheckpointError("scheduler config: the betas must be numbers between 0 and 1, exclusive")
+            raise CheckpointError(f"{betas} must leave some of the image and of the noise at each timestep")
         if not np.all(np.diff(alphas) < 0):
-            raise CheckpointError("scheduler config: alphas_cumprod must fall from one timestep to the next")
+            raise CheckpointError(f"{betas} must add noise at each timestep")
         object.__setattr__(self, "alphas_cumprod", alphas)
 
     @classmethod
@@ -96,20 +113,20 @@ class NoiseSchedule:
 
         CheckpointError where the file is malformed, or asks for something fastsd would have to ignore.
         """
-        for option, accepted in ACCEPTED_OPTIONS.items():
-            if option in config and config[option] not in accepted:
-                raise CheckpointError(f"scheduler config: {option}={config[option]!r} is not supported by fastsd")
+        read = JsonReader(config, CONFIG_FILE, nullable=NULLABLE)
+        read.require(ACCEPTED_OPTIONS, "not supported by fastsd")
+        to_one = read.flag("set_alpha_to_one", True) if "set_alpha_to_one" in read.json else None
         return cls(
-            alphas_cumprod=np.cumprod(1.0 - _betas(config), dtype=np.float64),
-            prediction_type=config.get("prediction_type") or "epsilon",
-            sampler=_own_sampler(config),
-            schedule=_own_schedule(config),
-            timestep_spacing=config.get("timestep_spacing"),
-            steps_offset=config.get("steps_offset") or 0,
-            set_alpha_to_one=config.get("set_alpha_to_one"),
-            final_sigmas_type=config.get("final_sigmas_type") or "zero",
-            lower_order_final=config.get("lower_order_final", True),
-            euler_at_final=config.get("euler_at_final", False),
+            alphas_cumprod=np.cumprod(1.0 - _betas(read), dtype=np.float64),
+            prediction_type=read.choice("prediction_type", "epsilon", PREDICTION_TYPES),
+            sampler=_own_sampler(read),
+            schedule=_own_schedule(read),
+            timestep_spacing=read.choice("timestep_spacing", None, (*SPACINGS, None)),
+            steps_offset=read.integer("steps_offset", 0, low=0, high=MAX_TRAIN_STEPS),
+            set_alpha_to_one=to_one,
+            final_sigmas_type=read.choice("final_sigmas_type", "zero", FINAL_SIGMAS_TYPES),
+            lower_order_final=read.flag("lower_order_final", True),
+            euler_at_final=read.flag("euler_at_final", False),
         )
 
     @property
@@ -135,31 +152,19 @@ class NoiseSchedule:
         return (x - s * out) / a, out
 
 
-def _require_one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed:
-        known = ", ".join(str(item) for item in allowed if item is not None)
-        raise CheckpointError(f"scheduler config: {name} must be one of {known}, got {value!r}")
-
-
-def _betas(config: Mapping[str, Any]) -> Vector:
+def _betas(read: JsonReader) -> Vector:
     """[T], the variance added at each training step."""
-    try:
-        trained = config.get("trained_betas")
-        if trained is not None:
-            return np.asarray(trained, dtype=np.float64).reshape(len(trained))
-        steps = int(config.get("num_train_timesteps", 1000))
-        if not 1 <= steps <= MAX_TRAIN_STEPS:
-            raise CheckpointError(f"scheduler config: num_train_timesteps must be 1 to {MAX_TRAIN_STEPS}, got {steps}")
-        start, end = float(config.get("beta_start", 0.0001)), float(config.get("beta_end", 0.02))
-        kind = config.get("beta_schedule", "linear")
-        _require_one_of("beta_schedule", kind, ("linear", "scaled_linear", "squaredcos_cap_v2"))
-        if kind == "linear":
-            return np.linspace(start, end, steps)
-        if kind == "scaled_linear":
-            return np.linspace(math.sqrt(start), math.sqrt(end), steps) ** 2
+    if "trained_betas" in read.json:
+        return np.array(read.numbers("trained_betas", above=0, below=1, most=MAX_TRAIN_STEPS))
+    steps = read.integer("num_train_timesteps", 1000, high=MAX_TRAIN_STEPS)
+    kind = read.choice("beta_schedule", "linear", BETA_SCHEDULES)
+    if kind == "squaredcos_cap_v2":
         return _cosine_betas(steps)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"scheduler config: the betas cannot be read ({error})") from error
+    start = read.number("beta_start", 0.0001, above=0, below=1)
+    end = read.number("beta_end", 0.02, above=0, below=1)
+    if kind == "linear":
+        return np.linspace(start, end, steps)
+    return np.linspace(math.sqrt(start), math.sqrt(end), steps) ** 2
 
 
 def _cosine_betas(steps: int, largest: float = 0.999) -> Vector:
@@ -168,19 +173,17 @@ def _cosine_betas(steps: int, largest: float = 0.999) -> Vector:
     return np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], largest)
 
 
-def _own_sampler(config: Mapping[str, Any]) -> str:
+def _own_sampler(read: JsonReader) -> str:
     """Our name of the checkpoint's scheduler, or diffusers' where we have none and the user must choose another."""
-    name = str(config.get("_class_name", "DDIMScheduler"))
-    if name == "DPMSolverMultistepScheduler":
-        variant = (
-            config.get("algorithm_type", "dpmsolver++"),
-            config.get("solver_order", 2),
-            config.get("solver_type", "midpoint"),
-        )
-        if variant != ("dpmsolver++", 2, "midpoint"):
-            return f"{name} ({', '.join(str(part) for part in variant)})"
-    return SAMPLER_OF_CLASS.get(name, name)
+    name = read.json.get("_class_name", "DDIMScheduler")
+    if not isinstance(name, str):
+        raise read.error("_class_name", "must be the name of a class")
+    for key, (default, ours) in VARIANTS.get(name, {}).items():
+        value = read.json.get(key, default)
+        if value != ours:
+            return f"{name} with {key} = {quoted(value)}"
+    return SAMPLER_OF_CLASS.get(name, shown(name))
 
 
-def _own_schedule(config: Mapping[str, Any]) -> str:
-    return next((name for option, name in SCHEDULE_OF_OPTION.items() if config.get(option)), "uniform")
+def _own_schedule(read: JsonReader) -> str:
+    return next((name for option, name in SCHEDULE_OF_OPTION.items() if read.flag(option, False)), "uniform")

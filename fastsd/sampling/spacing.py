@@ -48,7 +48,7 @@ def spaced_timesteps_above_zero(noise: NoiseSchedule, steps: int, default: str) 
         return spaced_timesteps(noise, steps, default)
     if steps >= T:
         raise ParameterError(
-            f"num_inference_steps must be at most {T - 1} for dpmpp_2m with leading spacing, got {steps}"
+            f"num_inference_steps: {steps} is out of range; it must be at most {T - 1} for dpmpp_2m with leading spacing"
         )
     return _offset(np.arange(1, steps + 1, dtype=np.float64)[::-1] * (T // (steps + 1)), noise)
 

@@ -18,7 +18,8 @@ from tests.checkpoints.checkpoint_builders import BUNDLED, UNET, net_state
 from tests.checkpoints.hub_server import COMMIT, Hub, read_folder
 
 HERE = Path(__file__).parent
-NEEDED = {name for name in read_folder(BUNDLED) if name != "README.md"}
+MODEL = {name: content for name, content in read_folder(BUNDLED).items() if name != "README.md"}
+NEEDED = set(MODEL)
 OTHER_FILES = (
     "README.md",
     "v1-5-pruned.ckpt",
@@ -78,7 +79,7 @@ def server() -> Iterator[Hub]:
 @pytest.fixture
 def hub(server: Hub) -> Hub:
     """The server, with the bundled model beside everything else that repositories hold, and no faults."""
-    server.files = read_folder(BUNDLED) | dict.fromkeys(OTHER_FILES, b"x" * 100)
+    server.files = MODEL | dict.fromkeys(OTHER_FILES, b"x" * 100)
     server.faults.clear()
     server.requests.clear()
     return server
@@ -121,7 +122,7 @@ def assert_hub_error(answer: dict, *words: str) -> None:
 
 def test_only_what_is_needed_is_downloaded(hub: Hub, online: Ask, cache: str) -> None:
     answer = online("acme/model", cache_dir=cache)
-    assert_model(answer, read_folder(BUNDLED))
+    assert_model(answer, MODEL)
     assert hub.downloaded() == NEEDED
     assert answer["log"] == [f"acme/model: revision main is commit {COMMIT}"]
     authorisations = {headers.get("authorization") or headers.get("Authorization") for _, _, headers in hub.requests}
@@ -147,7 +148,7 @@ def test_offline_from_the_cache(hub: Hub, online: Ask, offline: Ask, cache: str)
     first = online("acme/model", cache_dir=cache)
     hub.requests.clear()
     again = offline("acme/model", cache_dir=cache)
-    assert_model(again, read_folder(BUNDLED))
+    assert_model(again, MODEL)
     assert again["path"] == first["path"]
     local = online("acme/model", cache_dir=cache, local_files_only=True)
     assert local["path"] == first["path"]
@@ -165,7 +166,7 @@ def test_offline_with_half_a_cache(hub: Hub, online: Ask, offline: Ask, cache: s
     (path / UNET).unlink()
     assert_hub_error(offline("acme/model", cache_dir=cache), "acme/model", "offline", "cache")
     assert_hub_error(online("acme/model", cache_dir=cache, local_files_only=True), "acme/model", "local_files_only")
-    assert_model(online("acme/model", cache_dir=cache), read_folder(BUNDLED))
+    assert_model(online("acme/model", cache_dir=cache), MODEL)
 
 
 def test_pinned_commit_is_not_logged_and_branches_are(hub: Hub, online: Ask, cache: str) -> None:
@@ -187,7 +188,7 @@ def test_pinned_commit_is_not_logged_and_branches_are(hub: Hub, online: Ask, cac
 )
 def test_refusals_are_told_apart(hub: Hub, online: Ask, cache: str, repo: str, words: list[str]) -> None:
     assert_hub_error(online(repo, cache_dir=cache), repo, *words)
-    assert_model(online("acme/model", cache_dir=cache), read_folder(BUNDLED))
+    assert_model(online("acme/model", cache_dir=cache), MODEL)
 
 
 def test_unknown_revision(hub: Hub, online: Ask, cache: str) -> None:
@@ -231,7 +232,7 @@ def test_bad_download_is_not_kept(
     assert_hub_error(online("acme/model", cache_dir=cache), "acme/model", *words)
     assert offline("acme/model", cache_dir=cache)["error"] == "HubError", "half a download must not pass for a model"
     hub.faults.clear()
-    assert_model(online("acme/model", cache_dir=cache), read_folder(BUNDLED))
+    assert_model(online("acme/model", cache_dir=cache), MODEL)
 
 
 # Variants, shards, other models
@@ -243,7 +244,9 @@ def weights(variant: str = "") -> dict[str, bytes]:
     return {f"{stem}{variant}.safetensors": data for stem in stems}
 
 
-SMALL = {name: content for name, content in read_folder(BUNDLED).items() if not name.endswith(".safetensors")}
+SMALL = {name: content for name, content in MODEL.items() if not name.endswith(".safetensors")}
+UNET_FP16 = {name: data for name, data in weights(".fp16").items() if name.startswith("unet/")}
+PLAIN_BUT_UNET = {name: data for name, data in weights().items() if name != UNET}
 ALL_VARIANTS = SMALL | weights() | weights(".fp16") | weights(".non_ema")
 
 
@@ -253,6 +256,7 @@ ALL_VARIANTS = SMALL | weights() | weights(".fp16") | weights(".non_ema")
         (ALL_VARIANTS, None, weights()),
         (ALL_VARIANTS, "fp16", weights(".fp16")),
         (SMALL | weights(".fp16"), None, weights(".fp16")),
+        (SMALL | weights() | UNET_FP16, "fp16", PLAIN_BUT_UNET | UNET_FP16),
     ],
 )
 def test_one_variant_is_downloaded(
@@ -286,7 +290,7 @@ def test_shards_are_downloaded(hub: Hub, online: Ask, cache: str) -> None:
 @pytest.mark.parametrize(
     ("files", "options", "words"),
     [
-        (SMALL | weights(), {"variant": "fp16"}, ["no variant 'fp16'"]),
+        (SMALL | weights(), {"variant": "fp16"}, ["no component holds the variant 'fp16'; variants there: plain"]),
         (SMALL, {}, ["unet/ holds no usable weights"]),
         (SMALL | {"unet/diffusion_pytorch_model.bin": b""}, {}, ["is a pickle", "only safetensors are downloaded"]),
         ({"README.md": b"", "model.safetensors": b""}, {}, ["no model_index.json"]),

@@ -110,8 +110,9 @@ FILES = {
         (["plain", "fp16", "ema"], "non_ema", "ema"),
         (["fp16"], None, "fp16"),  # many repositories hold nothing else
         (["fp16", "ema"], None, "several variants"),
-        (["plain"], "fp16", "no variant 'fp16'.*there: plain"),  # not silently another file than was asked for
-        (["fp16"], "bf16", "no variant 'bf16'.*there: fp16"),
+        (["plain", "ema"], "fp16", "plain"),  # the other components have it
+        (["fp16"], "bf16", "unet/ holds neither the variant 'bf16' nor plain weights.*there: fp16"),
+        (["ema", "fp16"], "bf16", "unet/ holds neither .*there: fp16, non_ema"),
         ([], None, "no usable weights"),
     ],
 )
@@ -128,6 +129,39 @@ def test_variants(model: Path, present: list[str], variant: str | None, taken: s
     else:
         with pytest.raises(CheckpointError, match=taken):
             open_folder(model, variant=variant)
+
+
+def test_a_component_without_the_variant_is_read_from_its_plain_file(
+    model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    safetensors.torch.save_file(net_state(7), model / "vae/diffusion_pytorch_model.fp16.safetensors")
+    folder = open_folder(model, variant="fp16")
+    assert [record.getMessage() for record in caplog.records] == [
+        "unet/ holds no variant 'fp16'; diffusion_pytorch_model.safetensors is read",
+        "text_encoder/ holds no variant 'fp16'; model.safetensors is read",
+    ]
+    for component, seed in (("unet", 0), ("vae", 7), ("text_encoder", 0)):
+        net = meta_net()
+        folder.load_weights(component, net, torch.float32, CPU)
+        assert_same(net.state_dict(), net_state(seed))
+
+
+def test_a_variant_that_no_component_has_is_an_error(model: Path) -> None:
+    """Not silently another model than was asked for."""
+    safetensors.torch.save_file(net_state(), model / "unet" / FILES["ema"])
+    with pytest.raises(CheckpointError, match="no component holds the variant 'fp16'; variants there: non_ema, plain"):
+        open_folder(model, variant="fp16")
+
+
+def test_a_pickle_of_the_variant_does_not_hide_the_plain_file(model: Path) -> None:
+    for other in ("vae/diffusion_pytorch_model", "text_encoder/model"):
+        safetensors.torch.save_file(net_state(), model / f"{other}.fp16.safetensors")
+    torch.save(net_state(5), model / "unet/diffusion_pytorch_model.fp16.bin")
+    assert_same(load(model, variant="fp16"), net_state(0))
+    assert_same(load(model, variant="fp16", allow_pickle=True), net_state(5))
+    (model / UNET).unlink()
+    with pytest.raises(CheckpointError, match=r"fp16\.bin is a pickle"):
+        open_folder(model, variant="fp16")
 
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastsd.config import UNetConfig
 from fastsd.errors import CheckpointError
+from fastsd.kernels import onednn
 from fastsd.models.unet import UNet, sinusoid
 from fastsd.ops import REFERENCE, onednn_ops
 from tests import oracle
@@ -109,16 +110,18 @@ def test_images_of_a_batch_take_their_own_timestep_and_context(
 
 
 @pytest.mark.parametrize("dtype", UNET_STEP)
-@torch.inference_mode()
+@torch.no_grad()
 def test_onednn_ops_equal_the_reference(dtype: torch.dtype, tmp_path: Path) -> None:
     theirs = oracle.unet(oracle.SD1_UNET)
     outs = []
+    packed_before = len(onednn._weights._packed)
     for ops in (REFERENCE, onednn_ops()):
         unet = UNet(UNetConfig.from_json(dict(theirs.config)), ops)
         unet.load_state_dict(theirs.state_dict())
         unet.to(dtype).requires_grad_(False)
         x, timesteps, context = inputs(unet, (16, 16))
         outs.append(predict(unet, x.to(dtype), timesteps, context.to(dtype)))
+    assert len(onednn._weights._packed) > packed_before, "nothing was packed: the reference is compared with itself"
     x, timesteps, context = inputs(unet, (16, 16))
     truth = theirs.double()(x.to(dtype).double(), timesteps, context.to(dtype).double()).sample
     plain, packed = (oracle.relative_l2(out, truth) for out in outs)

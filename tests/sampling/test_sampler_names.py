@@ -2,7 +2,9 @@
 
 import re
 
+import numpy as np
 import pytest
+import torch
 
 from fastsd.errors import ParameterError
 from fastsd.sampling import SAMPLERS, NoiseSchedule, canonical_sampler, canonical_schedule, make_table, schedules
@@ -64,13 +66,16 @@ def test_the_two_lists_of_diffusers_classes_agree():
     "name", ["euler b", "", "karras", "UniPCMultistepScheduler", "++", "Euler a exponential", None, 3]
 )
 def test_unknown_sampler_lists_the_known(name):
-    with pytest.raises(ParameterError, match=r"unknown sampler.*ddpm, ddim, plms, dpmpp_2m, euler, euler_ancestral"):
+    with pytest.raises(
+        ParameterError,
+        match=r"^sampler: .* is unknown; choose one of ddpm, ddim, plms, dpmpp_2m, euler, euler_ancestral",
+    ):
         canonical_sampler(name)
 
 
 @pytest.mark.parametrize("name", ["exponential", "", None, 7])
 def test_unknown_schedule_lists_the_known(name):
-    with pytest.raises(ParameterError, match=r"unknown schedule.*uniform, karras"):
+    with pytest.raises(ParameterError, match=r"^schedule: .* is unknown; choose one of uniform, karras, automatic$"):
         canonical_schedule(name)
 
 
@@ -87,16 +92,20 @@ def test_defaults_are_the_checkpoints():
     assert make_table(NOISE, 20, "DPM++ 2M Karras", "karras").schedule == "karras"
 
 
-@pytest.mark.parametrize("steps", [0, -1, 1001, 10**30, True, 20.0, "20", None, float("nan")])
+@pytest.mark.parametrize(
+    "steps",
+    [0, -1, 1001, 10**30, 10**5000, True, 20.0, "20", None, float("nan")],
+    ids=lambda steps: type(steps).__name__,  # Python does not print 5000 digits
+)
 def test_steps_outside_their_range(steps):
-    with pytest.raises(ParameterError, match="num_inference_steps must be an integer from 1 to 1000"):
+    with pytest.raises(ParameterError, match=r"^num_inference_steps: .* it must be an integer from 1 to 1000$"):
         make_table(NOISE, steps)
 
 
 def test_dpm_solver_leading_spacing_needs_one_timestep_more_than_steps():
     """diffusers gives NaN here."""
     with pytest.raises(
-        ParameterError, match="num_inference_steps must be at most 999 for dpmpp_2m with leading spacing"
+        ParameterError, match=r"^num_inference_steps: 1000 is .* at most 999 for dpmpp_2m with leading spacing"
     ):
         make_table(NoiseSchedule.from_config(BUNDLED), 1000, "dpmpp_2m")
 
@@ -104,46 +113,81 @@ def test_dpm_solver_leading_spacing_needs_one_timestep_more_than_steps():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"eta": -0.1}, "eta must be between 0 and 1, got -0.1"),
-        ({"eta": 1.5}, "eta must be between 0 and 1"),
-        ({"eta": float("nan")}, "eta must be between 0 and 1"),
-        ({"eta": True}, "eta must be between 0 and 1"),
-        ({"sampler": "plms", "schedule": "karras"}, "do: dpmpp_2m, euler, euler_ancestral"),
-        ({"sampler": "DDIM Karras"}, "ddim does not take the karras schedule"),
+        ({"eta": -0.1}, "eta: -0.1 is not right; it must be a number from 0 to 1"),
+        ({"eta": 1.5}, "eta: 1.5"),
+        ({"eta": float("nan")}, "eta: nan"),
+        ({"eta": True}, "eta: True"),
+        ({"eta": 10**400}, "eta: 1000"),
+        ({"eta": 10**5000}, "eta: a huge int"),
+        ({"sampler": "plms", "schedule": "karras"}, "schedule: plms .* do: dpmpp_2m, euler, euler_ancestral"),
+        ({"sampler": "DDIM Karras"}, "schedule: ddim does not take karras"),
         (
             {"sampler": "DPM++ 2M Karras", "schedule": "uniform"},
-            "name says schedule karras, the schedule argument uniform",
+            "schedule: uniform, but the sampler's name says karras",
         ),
-        ({"timesteps": [5], "sigmas": [5.0]}, "timesteps or sigmas, not both"),
+        ({"timesteps": [5], "sigmas": [5.0]}, "timesteps: give either timesteps or sigmas, not both"),
         # what the diffusers classes take
-        ({"sampler": "plms", "timesteps": [5]}, "plms does not take timesteps.*ddpm, dpmpp_2m, euler"),
-        ({"sampler": "ddim", "timesteps": [5]}, "ddim does not take timesteps"),
-        ({"sampler": "euler a", "timesteps": [5]}, "euler_ancestral does not take timesteps"),
-        ({"sampler": "dpmpp_2m", "sigmas": [5.0]}, "dpmpp_2m does not take sigmas; the samplers that do: euler"),
-        ({"sampler": "euler", "schedule": "karras", "timesteps": [5]}, "timesteps and the karras schedule exclude"),
-        ({"sampler": "euler", "schedule": "karras", "sigmas": [5.0]}, "sigmas and the karras schedule exclude"),
+        ({"sampler": "plms", "timesteps": [5]}, "timesteps: plms does not take them.*ddpm, dpmpp_2m, euler"),
+        ({"sampler": "ddim", "timesteps": [5]}, "timesteps: ddim does not take them"),
+        ({"sampler": "euler a", "timesteps": [5]}, "timesteps: euler_ancestral does not take them"),
+        ({"sampler": "dpmpp_2m", "sigmas": [5.0]}, "sigmas: dpmpp_2m does not take them; the samplers that do: euler"),
+        ({"sampler": "euler", "schedule": "karras", "timesteps": [5]}, "timesteps: exclude the karras schedule"),
+        ({"sampler": "euler", "schedule": "karras", "sigmas": [5.0]}, "sigmas: exclude the karras schedule"),
         # values
-        ({"sampler": "ddpm", "timesteps": [5, 5]}, "each smaller than the one before"),
-        ({"sampler": "ddpm", "timesteps": [1, 5]}, "each smaller than the one before"),
-        ({"sampler": "ddpm", "timesteps": []}, "non-empty list"),
-        ({"sampler": "ddpm", "timesteps": 5}, "non-empty list"),
-        ({"sampler": "ddpm", "timesteps": ["a"]}, "list of numbers"),
-        ({"sampler": "ddpm", "timesteps": [[2], [1]]}, "non-empty list"),
-        ({"sampler": "ddpm", "timesteps": [float("inf"), 1]}, "finite numbers"),
-        ({"sampler": "ddpm", "timesteps": [1000, 1]}, r"must lie in \[0, 1000\), got 1000 to 1"),
-        ({"sampler": "ddpm", "timesteps": [5, -1]}, r"must lie in \[0, 1000\)"),
-        ({"sampler": "dpmpp_2m", "timesteps": [5.5, 1]}, "whole numbers for dpmpp_2m"),
-        ({"sampler": "euler", "sigmas": [3.0, -1.0]}, "sigmas must lie in"),
-        ({"sampler": "euler", "sigmas": [0.0]}, "sigmas must lie in"),
-        ({"sampler": "euler", "sigmas": [1e300, 1.0]}, "sigmas must lie in"),
-        ({"sampler": "euler", "sigmas": [1.0, float("nan")]}, "finite numbers"),
+        ({"sampler": "ddpm", "timesteps": [5, 5]}, "timesteps: .*each smaller than the one before"),
+        ({"sampler": "ddpm", "timesteps": [1, 5]}, "timesteps: .*each smaller than the one before"),
+        ({"sampler": "ddpm", "timesteps": []}, "timesteps: must be a non-empty list"),
+        ({"sampler": "ddpm", "timesteps": 5}, "timesteps: must be a list of finite numbers, not 5"),
+        ({"sampler": "ddpm", "timesteps": "900"}, "timesteps: must be a list of finite numbers, not '900'"),
+        ({"sampler": "ddpm", "timesteps": ["a"]}, "timesteps: must be a list of finite numbers"),
+        ({"sampler": "ddpm", "timesteps": ["900", "3"]}, "timesteps: must be a list of finite numbers"),
+        ({"sampler": "ddpm", "timesteps": [True, False]}, "timesteps: must be a list of finite numbers"),
+        ({"sampler": "ddpm", "timesteps": np.array([True, False])}, "timesteps: must be a list of finite numbers"),
+        ({"sampler": "ddpm", "timesteps": [10**400, 3]}, "timesteps: must be a list of finite numbers"),
+        ({"sampler": "ddpm", "timesteps": [10**5000, 3]}, "timesteps: must be a list of finite numbers"),
+        ({"sampler": "ddpm", "timesteps": [3j, 1]}, "timesteps: must be a list of finite numbers"),
+        ({"sampler": "ddpm", "timesteps": {5, 1}}, "timesteps: must be a list of finite numbers"),
+        ({"sampler": "ddpm", "timesteps": [[2], [1]]}, "timesteps: must be a list of finite numbers"),
+        ({"sampler": "ddpm", "timesteps": [float("inf"), 1]}, "timesteps: must be a list of finite numbers"),
+        ({"sampler": "ddpm", "timesteps": [1000, 1]}, r"timesteps: 1000 to 1 is .* must lie in \[0, 1000\)"),
+        ({"sampler": "ddpm", "timesteps": [5, -1]}, r"timesteps: .*must lie in \[0, 1000\)"),
+        ({"sampler": "dpmpp_2m", "timesteps": [5.5, 1]}, "timesteps: must be whole numbers for dpmpp_2m"),
+        ({"sampler": "euler", "sigmas": [3.0, -1.0]}, "sigmas: must lie in"),
+        ({"sampler": "euler", "sigmas": [0.0]}, "sigmas: must lie in"),
+        ({"sampler": "euler", "sigmas": [1e300, 1.0]}, "sigmas: must lie in"),
+        ({"sampler": "euler", "sigmas": [1.0, float("nan")]}, "sigmas: must be a list of finite numbers"),
+        ({"sampler": "euler", "sigmas": ["3.0", True]}, "sigmas: must be a list of finite numbers"),
+        # a caller's text is shown, but not whole
+        ({"sampler": "x" * 100_000}, "sampler: 'xxx"),
+        ({"schedule": "\n" * 100_000}, "schedule: "),
+        ({"sampler": "ddpm", "timesteps": ["x" * 100_000]}, "timesteps: "),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_wrong_arguments(arguments, message):
-    with pytest.raises(ParameterError, match=message) as raised:
+    """The message begins with the argument's name, which the command line changes to the option's."""
+    with pytest.raises(ParameterError, match=f"^{message}") as raised:
         make_table(NOISE, 20, **arguments)
     assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 300
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor, lambda stops: np.array(stops, np.float32)])
+def test_stops_may_be_any_list_of_numbers(kind):
+    table = make_table(NOISE, 20, "euler", timesteps=kind([900, 500, 3]))
+    assert table.timesteps.tolist() == [900.0, 500.0, 3.0]
+    assert make_table(NOISE, 20, "euler", timesteps=range(900, 0, -300)).timesteps.tolist() == [900.0, 600.0, 300.0]
+
+
+@pytest.mark.parametrize("name", ["Automatic", "automatic", " AUTOMATIC "])
+def test_automatic_is_whatever_it_would_be_without(name):
+    """What AUTOMATIC1111 writes in most of its images."""
+    assert canonical_schedule(name) is None
+    karras = NoiseSchedule.from_config({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True})
+    assert make_table(karras, 20, schedule=name).schedule == "karras"
+    assert make_table(karras, 20, "ddim", name).schedule == "uniform"
+    assert make_table(NOISE, 20, "DPM++ 2M Karras", name).schedule == "karras"
+    assert make_table(NOISE, 20, "DPM++ 2M", name).schedule == "uniform"
 
 
 def test_steps_are_not_looked_at_beside_timesteps():
@@ -156,22 +200,27 @@ def test_steps_are_not_looked_at_beside_timesteps():
         ({"_class_name": "UniPCMultistepScheduler"}, "UniPCMultistepScheduler"),
         (
             {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"},
-            "DPMSolverMultistepScheduler (sde-dpmsolver++, 2, midpoint)",
+            "DPMSolverMultistepScheduler with algorithm_type = 'sde-dpmsolver++'",
         ),
-        ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}, "(dpmsolver++, 3, midpoint)"),
+        (
+            {"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3},
+            "DPMSolverMultistepScheduler with solver_order = 3",
+        ),
+        ({"_class_name": "PNDMScheduler"}, "PNDMScheduler with skip_prk_steps = False"),  # Runge-Kutta first
+        ({"_class_name": "x" * 100_000}, "x" * 120 + "…"),
     ],
 )
 def test_checkpoint_with_a_sampler_fastsd_has_not(config, named):
     """It loads, and runs with another sampler; only its own is refused."""
     noise = NoiseSchedule.from_config(config)
-    with pytest.raises(ParameterError, match=f"own sampler .*{re.escape(named)}; choose sampler from ddpm, ddim"):
+    with pytest.raises(ParameterError, match=f"^sampler: .*own, {re.escape(named)}; choose one of ddpm, ddim"):
         make_table(noise, 20)
     assert make_table(noise, 20, "euler").sampler == "euler"
 
 
 def test_checkpoint_with_a_schedule_fastsd_has_not():
     noise = NoiseSchedule.from_config({"_class_name": "EulerDiscreteScheduler", "use_exponential_sigmas": True})
-    with pytest.raises(ParameterError, match="own schedule exponential; choose schedule from uniform, karras"):
+    with pytest.raises(ParameterError, match=r"^schedule: .*own, exponential; choose one of uniform, karras"):
         make_table(noise, 20)
     assert make_table(noise, 20, schedule="uniform").schedule == "uniform"
     assert make_table(noise, 20, "ddim").sampler == "ddim"

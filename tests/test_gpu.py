@@ -1,0 +1,91 @@
+"""What must hold on a GPU: `make test-gpu`. The reference path there; the fused kernels' own cases come with them."""
+
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fastsd
+from fastsd.errors import OutOfMemoryError
+from tests.oracle import psnr
+from tests.tolerances import IMAGE_PSNR
+
+pytestmark = pytest.mark.gpu
+
+PROMPT = "a large red circle in the center on a white background"
+ARGUMENTS: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 4.0, "output_type": "np"}
+
+
+@pytest.fixture(scope="module")
+def on_gpu() -> fastsd.Pipeline:
+    return fastsd.Pipeline(device="cuda", dtype="float32", backend="reference")
+
+
+@pytest.fixture(autouse=True)
+def _full_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN rounds fp32 convolutions to TF32 unless told not to: 1e-3 instead of 1e-6."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "plms", "dpmpp_2m", "euler", "euler_ancestral", "ddpm"])
+def test_a_seed_draws_on_the_gpu_what_it_draws_on_the_cpu(
+    on_gpu: fastsd.Pipeline, pipe: fastsd.Pipeline, sampler: str
+) -> None:
+    ours = on_gpu.generate(PROMPT, seed=3, sampler=sampler, **ARGUMENTS).images
+    expected = pipe.generate(PROMPT, seed=3, sampler=sampler, **ARGUMENTS).images
+    assert psnr(ours, expected) >= IMAGE_PSNR
+
+
+@pytest.mark.parametrize(("dtype", "least"), [("float16", 55.0), ("bfloat16", 42.0)])
+def test_half_precision_pictures(pipe: fastsd.Pipeline, dtype: str, least: float) -> None:
+    half = fastsd.Pipeline(device="cuda", dtype=dtype)
+    quality = psnr(half.generate(PROMPT, seed=3, **ARGUMENTS).images, pipe.generate(PROMPT, seed=3, **ARGUMENTS).images)
+    assert quality >= least, f"{dtype}: {quality:.1f} dB against fp32 on the CPU"
+
+
+def test_auto_is_cuda_in_fp16() -> None:
+    auto = fastsd.Pipeline()
+    assert (auto.device.type, auto.dtype) == ("cuda", torch.float16)
+
+
+def test_an_image_of_a_batch_comes_out_alone(on_gpu: fastsd.Pipeline) -> None:
+    together = on_gpu.generate(PROMPT, seed=5, num_images_per_prompt=3, **ARGUMENTS).images
+    for index in range(3):
+        alone = on_gpu.generate(PROMPT, seed=5 + index, **ARGUMENTS).images[0]
+        assert psnr(together[index], alone) >= IMAGE_PSNR
+
+
+def test_threads_on_one_pipeline_give_what_serial_gives(on_gpu: fastsd.Pipeline) -> None:
+    serial = [on_gpu.generate(PROMPT, seed=seed, **ARGUMENTS).images for seed in range(3)]
+    drawn: dict[int, np.ndarray] = {}
+
+    def work(seed: int) -> None:
+        drawn[seed] = np.asarray(on_gpu.generate(PROMPT, seed=seed, **ARGUMENTS).images)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(drawn) == [0, 1, 2], "a thread died"
+    for seed in range(3):
+        assert psnr(drawn[seed], serial[seed]) >= IMAGE_PSNR
+
+
+def test_encode_and_decode_on_the_gpu(on_gpu: fastsd.Pipeline, pipe: fastsd.Pipeline) -> None:
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    latents = on_gpu.encode_image(image, seed=2)
+    assert latents.device.type == "cuda"
+    torch.testing.assert_close(latents.cpu(), pipe.encode_image(image, seed=2), rtol=1e-4, atol=1e-4)
+    decoded = on_gpu.decode_latents(latents, output_type="np")
+    assert psnr(decoded, pipe.decode_latents(latents.cpu(), output_type="np")) >= IMAGE_PSNR
+
+
+def test_running_out_of_memory_leaves_the_next_call_whole(on_gpu: fastsd.Pipeline) -> None:
+    expected = on_gpu.generate(PROMPT, seed=1, **ARGUMENTS).images
+    with pytest.raises(OutOfMemoryError, match="ask for fewer images"):
+        on_gpu.generate(PROMPT, height=4096, width=4096, num_images_per_prompt=64, num_inference_steps=1)
+    torch.cuda.empty_cache()
+    assert np.array_equal(on_gpu.generate(PROMPT, seed=1, **ARGUMENTS).images, expected)
