@@ -271,7 +271,7 @@ def test_a_prompt_too_long_is_cut_and_the_result_says_what_fell_off(
     end = pipe.generate(PROMPT + " circle" * 63 + " purple moon", seed=1, **FAST).warnings
     assert end[0].endswith("left out: 'moon'"), "75 words fit, the 76th does not"
     huge = pipe.generate("circle " * 100_000, seed=1, **FAST).warnings
-    assert len(huge[0]) < 300, "a warning is a line, however long the prompt"
+    assert len(huge[0]) < 400, "a warning is a line, however long the prompt"
     assert pipe.generate(PROMPT, seed=1, **FAST).warnings == []
 
 
