@@ -3,14 +3,16 @@
 Activations are NHWC [B, H, W, C]; tokens [B, L, C] with L = H·W are a view of them.
 """
 
-from collections.abc import Iterable
-from typing import TypeVar, cast
+from collections.abc import Iterable, Iterator
+from itertools import zip_longest
+from typing import Generic, TypeVar, cast
 
 from torch import Tensor, nn
 
 from fastsd.ops import Activation, Ops, Pad, upsample
 
 M = TypeVar("M", bound=nn.Module)
+A = TypeVar("A", bound=nn.Module)
 
 SAME: Pad = (1, 1, 1, 1)
 
@@ -138,6 +140,20 @@ class Upsample(nn.Module):
         if self.conv is None:
             return upsample(x, size)
         return self.ops.upsample_conv2d(x, self.conv.weight, self.conv.bias, size)
+
+
+class Level(nn.Module, Generic[A]):
+    """ResBlocks, each followed by an attention as far as there are any, and a change of size."""
+
+    def __init__(self, resnets: Iterable[ResBlock], attentions: Iterable[A] = ()) -> None:
+        super().__init__()
+        self.attentions = module_list(attentions)
+        self.resnets = module_list(resnets)
+        self.downsamplers: list[Downsample] | None = None
+        self.upsamplers: list[Upsample] | None = None
+
+    def layers(self) -> Iterator[tuple[ResBlock, A | None]]:
+        yield from zip_longest(self.resnets, self.attentions)
 
 
 def module_list(modules: Iterable[M]) -> list[M]:

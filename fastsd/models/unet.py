@@ -6,7 +6,6 @@ step to step is not computed in a step: `project_context` once a prompt, `projec
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from fastsd.models.layers import (
     Downsample,
     GroupNorm,
     LayerNorm,
+    Level,
     Linear,
     ResBlock,
     Upsample,
@@ -103,21 +103,7 @@ class UNet(nn.Module):
                 yield resnet.time_emb_proj
 
 
-class Level(nn.Module):
-    """ResBlocks, each followed by a Transformer as far as there are any, and a change of size."""
-
-    def __init__(self, resnets: Sequence[ResBlock], attentions: Sequence["Transformer"] = ()) -> None:
-        super().__init__()
-        self.attentions = module_list(attentions)
-        self.resnets = module_list(resnets)
-        self.downsamplers: list[Downsample] | None = None
-        self.upsamplers: list[Upsample] | None = None
-
-    def layers(self) -> Iterator[tuple[ResBlock, "Transformer | None"]]:
-        yield from zip_longest(self.resnets, self.attentions)
-
-
-def down_blocks(config: UNetConfig, ops: Ops, time_width: int) -> Iterator[Level]:
+def down_blocks(config: UNetConfig, ops: Ops, time_width: int) -> Iterator[Level["Transformer"]]:
     channels = config.block_out_channels
     pad = SAME if config.downsample_padding else (0, 1, 0, 1)
     width = channels[0]
@@ -130,13 +116,13 @@ def down_blocks(config: UNetConfig, ops: Ops, time_width: int) -> Iterator[Level
         yield block
 
 
-def mid_block(config: UNetConfig, ops: Ops, time_width: int) -> Level:
+def mid_block(config: UNetConfig, ops: Ops, time_width: int) -> Level["Transformer"]:
     width = config.block_out_channels[-1]
     resnets = [ResBlock(ops, width, width, config.norm_num_groups, config.norm_eps, time_width) for _ in range(2)]
     return Level(resnets, [_transformer(config, ops, len(config.block_out_channels) - 1)])
 
 
-def up_blocks(config: UNetConfig, ops: Ops, time_width: int) -> Iterator[Level]:
+def up_blocks(config: UNetConfig, ops: Ops, time_width: int) -> Iterator[Level["Transformer"]]:
     channels = config.block_out_channels
     skips = _skip_widths(config)
     width = channels[-1]
@@ -162,7 +148,7 @@ def _skip_widths(config: UNetConfig) -> list[int]:
 
 def _level(
     config: UNetConfig, ops: Ops, level: int, in_widths: Sequence[int], attention: bool, time_width: int
-) -> Level:
+) -> Level["Transformer"]:
     out = config.block_out_channels[level]
     resnets = [ResBlock(ops, width, out, config.norm_num_groups, config.norm_eps, time_width) for width in in_widths]
     return Level(resnets, [_transformer(config, ops, level) for _ in resnets] if attention else ())

@@ -4,8 +4,7 @@ Esser et al. 2021 (arXiv 2012.09841) and Rombach et al. 2022 (arXiv 2112.10752);
 AutoencoderKL's. Images lie in [−1, 1]; latents are scaled to about unit variance, as the UNet sees them.
 """
 
-from collections.abc import Iterator, Sequence
-from itertools import zip_longest
+from collections.abc import Iterator
 
 from torch import Tensor, nn
 
@@ -13,6 +12,7 @@ from fastsd.config import VAEConfig
 from fastsd.models.layers import (
     Downsample,
     GroupNorm,
+    Level,
     Linear,
     ResBlock,
     Upsample,
@@ -101,24 +101,15 @@ class Decoder(nn.Module):
         return self.conv_out(self.conv_norm_out(h))
 
 
-class Level(nn.Module):
-    """ResBlocks, each followed by attention as far as there are any, and a change of size."""
-
-    def __init__(self, resnets: Sequence[ResBlock], attentions: Sequence["Attention"] = ()) -> None:
-        super().__init__()
-        self.attentions = module_list(attentions)
-        self.resnets = module_list(resnets)
-        self.downsamplers: list[Downsample] | None = None
-        self.upsamplers: list[Upsample] | None = None
-
+class Block(Level["Attention"]):
     def forward(self, x: Tensor) -> Tensor:  # [B, H, W, C] → [B, H, W, O]
-        for resnet, attention in zip_longest(self.resnets, self.attentions):
+        for resnet, attention in self.layers():
             x = resnet(x)
             x = x if attention is None else attention(x)
         return x
 
 
-def down_blocks(config: VAEConfig, ops: Ops) -> Iterator[Level]:
+def down_blocks(config: VAEConfig, ops: Ops) -> Iterator[Block]:
     channels = config.block_out_channels
     width = channels[0]
     for level, out in enumerate(channels):
@@ -130,13 +121,13 @@ def down_blocks(config: VAEConfig, ops: Ops) -> Iterator[Level]:
         yield block
 
 
-def mid_block(config: VAEConfig, ops: Ops) -> Level:
+def mid_block(config: VAEConfig, ops: Ops) -> Block:
     width, groups = config.block_out_channels[-1], config.norm_num_groups
     attentions = [Attention(ops, width, groups)] if config.mid_block_add_attention else []
-    return Level([ResBlock(ops, width, width, groups, EPS) for _ in range(2)], attentions)
+    return Block([ResBlock(ops, width, width, groups, EPS) for _ in range(2)], attentions)
 
 
-def up_blocks(config: VAEConfig, ops: Ops) -> Iterator[Level]:
+def up_blocks(config: VAEConfig, ops: Ops) -> Iterator[Block]:
     channels = config.block_out_channels[::-1]
     width = channels[0]
     for level, out in enumerate(channels):
@@ -147,11 +138,11 @@ def up_blocks(config: VAEConfig, ops: Ops) -> Iterator[Level]:
         yield block
 
 
-def _level(config: VAEConfig, ops: Ops, in_channels: int, out_channels: int, layers: int, attention: bool) -> Level:
+def _level(config: VAEConfig, ops: Ops, in_channels: int, out_channels: int, layers: int, attention: bool) -> Block:
     groups = config.norm_num_groups
     widths = [in_channels, *[out_channels] * (layers - 1)]
     resnets = [ResBlock(ops, width, out_channels, groups, EPS) for width in widths]
-    return Level(resnets, [Attention(ops, out_channels, groups) for _ in widths] if attention else ())
+    return Block(resnets, [Attention(ops, out_channels, groups) for _ in widths] if attention else ())
 
 
 class Attention(nn.Module):
