@@ -24,7 +24,7 @@ from fastsd.errors import (
     PromptError,
 )
 from tests import oracle
-from tests.tolerances import BATCH_LEVELS, BATCH_SHARE
+from tests.tolerances import BATCH_LEVELS, BATCH_SHARE, HALF_PSNR, IMAGE_PSNR, RECONSTRUCTION_PSNR
 
 PROMPT = "a large red circle in the center on a white background"
 FAST: dict[str, Any] = {"num_inference_steps": 3}
@@ -89,10 +89,10 @@ def default_pipe() -> fastsd.Pipeline:
 def test_the_default_backend_draws_the_reference_picture(pipe: fastsd.Pipeline) -> None:
     ours = default_pipe().generate(PROMPT, num_inference_steps=20, seed=4, output_type="np").images
     plain = pipe.generate(PROMPT, num_inference_steps=20, seed=4, output_type="np").images
-    assert oracle.psnr(ours, plain) >= 60
+    assert oracle.psnr(ours, plain) >= IMAGE_PSNR
 
 
-@pytest.mark.parametrize(("dtype", "least"), [("bfloat16", 42.0), ("float16", 55.0)])
+@pytest.mark.parametrize(("dtype", "least"), HALF_PSNR.items())
 def test_half_precision_pictures(pipe: fastsd.Pipeline, dtype: str, least: float) -> None:
     """FAULTS' gates for a 20-step picture of a small model."""
     half = fastsd.Pipeline(dtype=dtype, device="cpu")
@@ -202,7 +202,7 @@ def test_callback_may_replace_the_latents_as_in_diffusers(pipe: fastsd.Pipeline,
     theirs = diffusers_pipe(
         PROMPT, generator=[torch.Generator().manual_seed(6)], output_type="np", callback_on_step_end=halve, **FAST
     ).images
-    assert oracle.psnr(ours, theirs) >= 60
+    assert oracle.psnr(ours, theirs) >= IMAGE_PSNR
     with pytest.raises(ParameterError, match=r"must be a tensor \[1, 4, 16, 16\]"):
         pipe.generate(PROMPT, callback_on_step_end=lambda *_: {"latents": torch.zeros(1)}, **FAST)
 
@@ -286,7 +286,7 @@ def test_reconstruction_through_the_vae(pipe: fastsd.Pipeline) -> None:
     drawn = pipe.generate(PROMPT, num_inference_steps=20, seed=1, guidance_scale=4.0).images[0]
     again = pipe.decode_latents(pipe.encode_image(drawn), output_type="np")
     quality = oracle.psnr(again[0], np.asarray(drawn) / 255.0)
-    assert quality > 30, f"{quality:.1f} dB"
+    assert quality > RECONSTRUCTION_PSNR, f"{quality:.1f} dB"
 
 
 # Faults ---------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from fastsd.kernels import onednn
 from fastsd.models.unet import UNet, sinusoid
 from fastsd.ops import REFERENCE, onednn_ops
 from tests import oracle
-from tests.tolerances import NET, UNET_STEP
+from tests.tolerances import HOISTED, NET, SINUSOID, UNET_STEP
 
 CONFIGS = {
     "sd1": oracle.SD1_UNET,
@@ -92,7 +92,7 @@ def test_hoisting_computes_what_a_step_would(nets: tuple[diffusers.UNet2DConditi
     timesteps = torch.tensor([999.0, 500.5, 1.0])
     together = unet.project_time(timesteps)
     alone = torch.cat([unet.project_time(one[None]) for one in timesteps])
-    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(together, alone, rtol=HOISTED, atol=HOISTED)
     assert together.shape == (3, sum(unet.time_widths))
 
 
@@ -142,7 +142,7 @@ def test_time_is_embedded_in_fp32(dtype: torch.dtype) -> None:
         rtol=0,
         atol=0,
     )
-    torch.testing.assert_close(sinusoid(torch.tensor([999.0, 37.5]), 320), expected, rtol=0, atol=2e-4)
+    torch.testing.assert_close(sinusoid(torch.tensor([999.0, 37.5]), 320), expected, rtol=0, atol=SINUSOID)
 
 
 @pytest.mark.slow
