@@ -24,6 +24,7 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.10",
+        "triton>=3.6,<3.10; platform_system == 'Linux'",
         "numpy>=2.0",
         "safetensors>=0.5",
         "pillow>=11",

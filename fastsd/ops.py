@@ -130,12 +130,13 @@ def upsample_conv2d(
 
 
 def sampler_step(state: Tensor, out: Tensor, noise: Tensor | None, row: StepRow) -> Tensor:
-    """Guidance and one row of each image's sampler table. All fp32.
+    """Guidance and one row of each image's sampler table, in the state's fp32.
 
     state [S, B, H, W, C]; out [B, H, W, C], or [2B, H, W, C] = (unconditional, conditional) to be guided;
     noise [B, H, W, C] unit Gaussian, None where the row's noise column is 0 → new state [S, B, H, W, C].
     """
-    out = guide(out.float(), row) if out.shape[0] == 2 * state.shape[1] else out.float()
+    out = out.to(state.dtype)
+    out = guide(out, row) if out.shape[0] == 2 * state.shape[1] else out
     update = row.update if noise is not None else row.update[..., :-1]
     basis = [*state, out] if noise is None else [*state, out, noise]
     return torch.einsum("bsk,kbhwc->sbhwc", update, torch.stack(basis))

@@ -5,10 +5,16 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the network; those of the Hub start their own server
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+import torch
+
+# Kernels run on the GPU where there is one, else in Triton's interpreter, which must be chosen before anything (diffusers does)
+# imports Triton.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from pathlib import Path
 
 import pytest
-import torch
 
 import fastsd
 from fastsd.pipeline import BUNDLED
