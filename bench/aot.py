@@ -83,7 +83,9 @@ def plan_linear(arch: int, x: Any, w: Any, b: Any = None, residual: Any = None, 
 
 def jobs(models: list[str], pixels: int, archs: list[int]) -> Counter[Job]:
     """One job for each different kernel, and how many launches use it."""
-    calls = sum((trace(MODELS[name], pixels) for name in models), Counter())
+    calls: Counter[Call] = Counter()
+    for name in models:
+        calls.update(sum(trace(MODELS[name], pixels).values(), Counter()))
     first: dict[tuple[Any, ...], Job] = {}
     uses: Counter[Job] = Counter()
     for call, count in calls.items():

@@ -1,4 +1,4 @@
-"""Which calls a model makes: one step, one prompt and one decode, run on meta tensors and written down.
+"""Which calls a model makes: each stage is run on meta tensors, and its calls are written down.
 
 No weight is made and nothing is computed, so the full-size models can be listed anywhere.
 """
@@ -27,6 +27,7 @@ class Call:
     op: str
     arguments: tuple[Any, ...]  # shapes of tensors, other values as they are; trailing None left out
     options: tuple[tuple[str, Any], ...]
+    result: torch.Size
 
     def meta(self, dtype: torch.dtype) -> tuple[list[Any], dict[str, Any]]:
         """The arguments again, on meta."""
@@ -37,22 +38,29 @@ class Call:
         return [tensor(value) for value in self.arguments], {name: tensor(value) for name, value in self.options}
 
 
-def trace(config: ModelConfig, pixels: int, batch: int = 2) -> Counter[Call]:
-    """How often each call is made by one UNet step on `batch` rows, CLIP on `batch` prompts and the decode of one image."""
-    calls: Counter[Call] = Counter()
-    ops = recording(calls)
+STAGES = ("text", "prompt", "schedule", "step", "decode")
+
+
+def trace(config: ModelConfig, pixels: int, batch: int = 2) -> dict[str, Counter[Call]]:
+    """How often each call is made by each stage.
+
+    text: CLIP on `batch` prompts; prompt: their keys and values; schedule: the time projections of one timestep; step: one UNet
+    step on `batch` rows; decode: one image.
+    """
+    calls: dict[str, Counter[Call]] = {stage: Counter() for stage in STAGES}
     latent = pixels // config.vae.downscale
     with torch.device("meta"), torch.no_grad():
-        text, unet, vae = CLIPText(config.text_encoder, ops), UNet(config.unet, ops), VAE(config.vae, ops)
-        context = text(torch.zeros(batch, 77, dtype=torch.int64))
-        keys, time = unet.project_context(context), unet.project_time(torch.zeros(batch))
-        unet(torch.empty(batch, latent, latent, config.unet.in_channels), time, keys)
-        vae.decode(torch.empty(1, latent, latent, config.vae.latent_channels))
+        ids, x = torch.zeros(batch, 77, dtype=torch.int64), torch.empty(batch, latent, latent, config.unet.in_channels)
+        context = CLIPText(config.text_encoder, recording(calls["text"]))(ids)
+        keys = UNet(config.unet, recording(calls["prompt"])).project_context(context)
+        time = UNet(config.unet, recording(calls["schedule"])).project_time(torch.zeros(1)).expand(batch, -1)
+        UNet(config.unet, recording(calls["step"]))(x, time, keys)
+        VAE(config.vae, recording(calls["decode"])).decode(x[:1])
     return calls
 
 
 def recording(calls: Counter[Call]) -> Ops:
-    """The reference ops, each call written down first."""
+    """The reference ops, each call written down."""
 
     def record(name: str) -> Callable[..., Tensor]:
         def op(*arguments: Any, **options: Any) -> Tensor:
@@ -60,8 +68,9 @@ def recording(calls: Counter[Call]) -> Ops:
             while shapes and shapes[-1] is None:
                 shapes.pop()
             named = sorted((key, value.shape if isinstance(value, Tensor) else value) for key, value in options.items())
-            calls[Call(name, tuple(shapes), tuple(named))] += 1
-            return getattr(REFERENCE, name)(*arguments, **options)
+            result = getattr(REFERENCE, name)(*arguments, **options)
+            calls[Call(name, tuple(shapes), tuple(named), result.shape)] += 1
+            return result
 
         return op
 

@@ -1,0 +1,92 @@
+"""`python -m bench.roofline --model sd15 --size 512`: what each call must cost, and the sum: the plan a measured time is read by.
+
+A call's floor is the larger of its operations at the GPU's measured matrix rate and its bytes at its copy bandwidth, each tensor
+read or written once. Calls are those of the nets' ops; a kernel may take two launches for one (split K, two-pass norms).
+"""
+
+import argparse
+import sys
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+from bench import record
+from bench.shapes import MODELS, STAGES, Call, trace
+
+
+@dataclass(frozen=True)
+class GPU:
+    """What a GPU reached in large matrix products and copies."""
+
+    flops: float  # a second, fp16
+    bandwidth: float  # bytes a second
+
+
+GPUS = {"h200": GPU(790e12, 4.3e12)}
+BYTES = 2  # of an fp16 element
+
+
+def operations(call: Call) -> int:
+    """Multiplications and additions of the matrix products; norms and epilogues are bound by memory."""
+    shapes = [value for value in call.arguments if isinstance(value, torch.Size)]
+    if call.op in ("linear", "geglu"):
+        rows = shapes[0].numel() // shapes[0][-1]
+        return 2 * rows * shapes[1].numel()
+    if call.op == "attention":
+        batch, length, heads, width = shapes[0]
+        return 4 * batch * heads * length * shapes[1][1] * width
+    if call.op in ("conv2d", "upsample_conv2d"):
+        batch, height, width, _ = call.result
+        return 2 * batch * height * width * shapes[1].numel()
+    return 0
+
+
+def traffic(call: Call) -> int:
+    """Bytes, each tensor once."""
+    values = [*call.arguments, *(value for _, value in call.options), call.result]
+    return BYTES * sum(value.numel() for value in values if isinstance(value, torch.Size))
+
+
+def floor(call: Call, gpu: GPU) -> float:
+    """Seconds."""
+    return max(operations(call) / gpu.flops, traffic(call) / gpu.bandwidth)
+
+
+def shape_of(call: Call) -> str:
+    tensors = [value for value in call.arguments if isinstance(value, torch.Size)]
+    options = [name for name, value in call.options if value not in (None, False)]
+    return " ".join(["x".join(map(str, shape)) for shape in tensors[:2]] + options)
+
+
+def report(calls: Counter[Call], gpu: GPU, stage: str) -> list[str]:
+    """The calls of a stage by their share of its floor, and their sum."""
+    rows = [["op", "shapes", "calls", "GFLOP", "MB", "floor us", "bound by"]]
+    total = sum(count * floor(call, gpu) for call, count in calls.items())
+    for call, count in sorted(calls.items(), key=lambda item: -item[1] * floor(item[0], gpu)):
+        compute = operations(call) / gpu.flops >= traffic(call) / gpu.bandwidth
+        numbers = (operations(call) * count / 1e9, traffic(call) * count / 1e6, count * floor(call, gpu) * 1e6)
+        rows.append(
+            [call.op, shape_of(call), str(count), *(f"{n:,.1f}" for n in numbers), "compute" if compute else "memory"]
+        )
+    teraflop = sum(operations(call) * count for call, count in calls.items()) / 1e12
+    launches = sum(calls.values())
+    return [record.table(rows), f"{stage}: {launches} calls, {teraflop:.3f} TFLOP, floor {total * 1e3:.2f} ms", ""]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.roofline", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, default="sd15")
+    parser.add_argument("--size", type=int, default=512, help="pixels (default 512)")
+    parser.add_argument("--batch", type=int, default=2, help="rows of the UNet: 2 for one guided image (default)")
+    parser.add_argument("--gpu", choices=GPUS, default="h200")
+    parser.add_argument("--stage", choices=STAGES, action="append", help="default: all")
+    args = parser.parse_args()
+    calls = trace(MODELS[args.model], args.size, args.batch)
+    for stage in args.stage or STAGES:
+        print("\n".join(report(calls[stage], GPUS[args.gpu], stage)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
