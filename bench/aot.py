@@ -24,11 +24,11 @@ import triton
 
 from bench import record
 from bench.shapes import MODELS, Call, trace
-from fastsd.kernels import geglu, gemm
+from fastsd.kernels import flash_attn, geglu, gemm, groupnorm_silu, layernorm
 from fastsd.kernels.launch import Launch
 
 SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
-TENSOR_CORES = {"linear_kernel", "geglu_kernel"}
+TENSOR_CORES = {"linear_kernel", "geglu_kernel", "attention_kernel"}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -73,7 +73,25 @@ def plan(call: Call, arch: int, dtype: torch.dtype = torch.float16) -> list[Laun
         return geglu.plan_geglu(
             x, w, b, torch.empty((*x.shape[:-1], w.shape[0] // 2), dtype=dtype, device="meta"), arch
         )
+    if call.op == "attention":
+        return plan_attention(arch, *arguments, **options)
+    if call.op == "group_norm":
+        return plan_group_norm(*arguments, **options)
+    if call.op == "layer_norm":
+        x, w, b, eps = arguments
+        return layernorm.plan_layer_norm(x, w, b, eps, torch.empty_like(x))
     return []
+
+
+def plan_group_norm(
+    x: Any, w: Any, b: Any, groups: int, eps: float, silu: bool = False, skip: Any = None
+) -> list[Launch]:
+    out = torch.empty((*x.shape[:-1], w.shape[0]), dtype=x.dtype, device="meta")
+    return groupnorm_silu.plan_group_norm(x, w, b, groups, eps, silu, skip, out)
+
+
+def plan_attention(arch: int, q: Any, k: Any, v: Any, mask: Any = None, causal: bool = False) -> list[Launch]:
+    return flash_attn.plan_attention(q, k, v, mask, causal, torch.empty_like(q), shared=SHARED[arch])
 
 
 def plan_linear(arch: int, x: Any, w: Any, b: Any = None, residual: Any = None, activation: Any = None) -> list[Launch]:
@@ -120,7 +138,7 @@ def compile_job(job: Job, uses: int) -> Compiled:
     extras += [str(constants["ACTIVATION"])] if constants.get("ACTIVATION") else []
     extras += [f"split {constants['SPLIT_K']}"] if constants.get("SPLIT_K", 1) > 1 else []
     epilogue = "".join(f" +{extra.removeprefix('HAS_').lower()}" for extra in extras)
-    size = "x".join(str(launch.constants[key]) for key in ("N", "N2", "K") if key in launch.constants)
+    size = "x".join(str(launch.constants[key]) for key in ("N", "N2", "K", "D") if key in launch.constants)
     return Compiled(
         arch=job.arch,
         kernel=launch.kernel.__name__,
@@ -151,7 +169,7 @@ def main() -> int:
     with ProcessPoolExecutor(args.workers) as pool:
         done = list(pool.map(compile_job, *zip(*todo, strict=True)))
     done.sort(key=lambda one: (one.kernel, one.config, one.arch))
-    rows = [["kernel", "arch", "N x K | tile", "registers", "spilled", "shared", "HGMMA", "launches", ""]]
+    rows = [["kernel", "arch", "N x K, or D | tile", "registers", "spilled", "shared", "HGMMA", "launches", ""]]
     for one in done:
         numbers = (one.registers, one.spilled, one.shared, one.hgmma, one.uses)
         rows.append([one.kernel, f"sm_{one.arch}", one.config, *map(str, numbers), one.breach or ""])
