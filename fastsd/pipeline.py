@@ -145,8 +145,8 @@ class Pipeline:
         num_inference_steps: 1 to the length of the noise schedule (1000). guidance_scale: classifier-free guidance where
         above 1. guidance_rescale: 0 to 1 (arXiv 2305.08891). num_images_per_prompt: 1 to 256, and 256 images in all.
         seed: 0 to 2⁶⁴ − 1, of the first image, the next take seed + 1, …; or one an image; None or −1: random. An image
-        depends on its own seed alone: it comes out the same in any batch. generator: torch's, instead of seed, as
-        diffusers uses it.
+        depends on its own seed alone: in another batch it differs in the last bits at most. generator: torch's, instead of
+        seed, as diffusers uses it.
         sampler, schedule: see `fastsd samplers`; default the checkpoint's own. timesteps, sigmas: custom, where the sampler
         takes them. eta: 0 to 1, the noise of DDIM.
         clip_skip: CLIP layers to leave out at the end, 1 = penultimate.

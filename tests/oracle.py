@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
 
+from bench.workloads import psnr as psnr
 from fastsd.checkpoints import open_folder
 from fastsd.pipeline import BUNDLED
 
@@ -146,9 +146,3 @@ def relative_l2(value: Tensor, truth: Tensor) -> float:
     if not value.isfinite().all():
         return float("inf")
     return ((value.double() - truth.double()).norm() / truth.double().norm()).item()
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal to noise ratio of pictures in [0, 1], in dB."""
-    error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
-    return float("inf") if error == 0 else -10.0 * float(np.log10(error))

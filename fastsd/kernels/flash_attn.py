@@ -14,9 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsd.kernels.launch import Launch
+from fastsd.kernels.launch import FLOATS, Launch
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SMALLEST_SHARED = 101376
 """Bytes of shared memory a program may have on sm_86 and sm_89, the least of the GPUs served."""
 LOG2E = 1.4426950408889634
@@ -392,7 +391,7 @@ def attention(
 
 def _check_tensors(tensors: dict[str, Tensor]) -> None:
     q, k = tensors["q"], tensors["k"]
-    if q.dtype not in DTYPES or any(tensor.dtype != q.dtype for tensor in tensors.values()):
+    if q.dtype not in FLOATS or any(tensor.dtype != q.dtype for tensor in tensors.values()):
         raise ValueError(
             f"q, k, v and out must all be fp16, bf16 or fp32, not {[str(t.dtype) for t in tensors.values()]}"
         )
@@ -422,7 +421,7 @@ def _check_tensors(tensors: dict[str, Tensor]) -> None:
 def _check_mask(mask: Tensor, q: Tensor, k: Tensor, causal: bool) -> None:
     if causal:
         raise ValueError("mask and causal exclude each other; put the causal part into the mask")
-    if mask.dtype != torch.bool and mask.dtype not in DTYPES:
+    if mask.dtype != torch.bool and mask.dtype not in FLOATS:
         raise ValueError(f"mask must be boolean, fp16, bf16 or fp32, not {mask.dtype}")
     if mask.device != q.device:
         raise ValueError(f"mask is on {mask.device}, q on {q.device}")

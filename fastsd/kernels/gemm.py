@@ -12,10 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsd.kernels.launch import Launch, arch_of
+from fastsd.kernels.launch import FLOATS, Launch, arch_of
 
 ACTIVATIONS = (None, "silu", "gelu", "quick_gelu")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Config(NamedTuple):
@@ -236,7 +235,7 @@ def linear(
 
 def check(x: Tensor, w: Tensor, b: Tensor | None) -> None:
     """ValueError unless x [..., K], w [N, K] and b [N] are contiguous, of one dtype and not empty."""
-    if x.dtype not in DTYPES or w.dtype != x.dtype or (b is not None and b.dtype != x.dtype):
+    if x.dtype not in FLOATS or w.dtype != x.dtype or (b is not None and b.dtype != x.dtype):
         raise ValueError(f"x, w and b must all be fp16, bf16 or fp32, not {x.dtype} and {w.dtype}")
     if w.ndim != 2 or x.shape[-1] != w.shape[1] or (b is not None and b.shape != w.shape[:1]):
         raise ValueError(f"x [..., K], w [N, K] and b [N] do not fit: {list(x.shape)} and {list(w.shape)}")

@@ -17,9 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsd.kernels.launch import Launch
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+from fastsd.kernels.launch import Launch, check_operands
 
 
 class Config(NamedTuple):
@@ -386,12 +384,6 @@ def _check(x: Tensor, w: Tensor, b: Tensor, skip: Tensor | None, out: Tensor) ->
     c2 = 0 if skip is None else skip.shape[-1]
     laid = {"x": (x, x.shape), "w": (w, (c1 + c2,)), "b": (b, (c1 + c2,)), "out": (out, (*x.shape[:3], c1 + c2))}
     laid |= {} if skip is None else {"skip": (skip, (*x.shape[:3], channels - c1))}
-    for name, (tensor, shape) in laid.items():
-        if tensor.shape != shape or not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous {list(shape)}, not {list(tensor.shape)}, {tensor.stride()}")
-        if tensor.dtype not in DTYPES:
-            raise ValueError(f"{name} must be fp16, bf16 or fp32, not {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
+    check_operands(laid)
     if out.dtype != x.dtype or (skip is not None and skip.dtype != x.dtype):
         raise ValueError(f"skip and out must be {x.dtype} as x")

@@ -1,5 +1,6 @@
 """A kernel launch as a value: what is run on the GPU or in the interpreter is what is compiled ahead of time."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,10 @@ _TYPES = {
     torch.int64: "i64",
     torch.uint8: "u8",
 }
+
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+"""What the kernels compute in and on."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,18 @@ class Launch:
 
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return triton.compile(self.source(), target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def check_operands(operands: Mapping[str, tuple[Tensor, Sequence[int]]]) -> None:
+    """ValueError unless each tensor is contiguous, of its shape, of a type in FLOATS, and where the first one is."""
+    first, device = next((name, tensor.device) for name, (tensor, _) in operands.items())
+    for name, (tensor, shape) in operands.items():
+        if tensor.shape != tuple(shape) or not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous {list(shape)}, not {list(tensor.shape)}, {tensor.stride()}")
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{name} must be fp16, bf16 or fp32, not {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, {first} on {device}")
 
 
 def arch_of(device: torch.device) -> int:

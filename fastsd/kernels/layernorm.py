@@ -11,9 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsd.kernels.launch import Launch
+from fastsd.kernels.launch import Launch, check_operands
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_WIDTH = 16384  # 8 warps hold a row of 16,384 in 64 registers a thread
 
 
@@ -112,12 +111,6 @@ def _check(x: Tensor, w: Tensor, b: Tensor, out: Tensor) -> None:
     if x.dim() < 1 or x.numel() == 0 or x.shape[-1] > MAX_WIDTH:
         raise ValueError(f"x must be [..., C] with 1 <= C <= {MAX_WIDTH} and elements, not {list(x.shape)}")
     width = x.shape[-1]
-    for name, tensor, shape in (("x", x, x.shape), ("w", w, (width,)), ("b", b, (width,)), ("out", out, x.shape)):
-        if tensor.shape != shape or not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous {list(shape)}, not {list(tensor.shape)}, {tensor.stride()}")
-        if tensor.dtype not in DTYPES:
-            raise ValueError(f"{name} must be fp16, bf16 or fp32, not {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}")
+    check_operands({"x": (x, x.shape), "w": (w, (width,)), "b": (b, (width,)), "out": (out, x.shape)})
     if out.dtype != x.dtype:
         raise ValueError(f"out must be {x.dtype} as x, not {out.dtype}")
