@@ -19,8 +19,8 @@ test: $(VENV)/.installed-test ## every test that is not slow
 test-all: $(VENV)/.installed-test ## also the slow ones: full-size nets, minutes and gigabytes
 	$(BIN)/python -m pytest -m "not gpu"
 
-test-gpu: $(VENV)/.installed-test ## what needs a CUDA device
-	$(BIN)/python -m pytest -m gpu
+test-gpu: $(VENV)/.installed-test ## what needs a CUDA device; the outcomes go to bench/results/gpu-tests.json
+	$(BIN)/python -m pytest -m gpu --results bench/results/gpu-tests.json
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["fastsd", "fastsd.*"]),
-    package_data={"fastsd": ["assets/**/*", "py.typed"]},
+    package_data={"fastsd": ["assets/**/*", "kernels/configs/*", "py.typed"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.10",

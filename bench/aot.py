@@ -12,8 +12,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,15 @@ import triton
 
 from bench import record
 from bench.shapes import MODELS, Call, trace
-from fastsd.kernels import flash_attn, geglu, gemm, groupnorm_silu, layernorm
-from fastsd.kernels.launch import Launch
+from fastsd.kernels import conv2d, conv2d_norm, flash_attn, geglu, gemm, groupnorm_silu, heads, layernorm
+from fastsd.kernels.launch import SHARED_MEMORY, TYPE_NAMES, Launch
 
-SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
-TENSOR_CORES = {"linear_kernel", "geglu_kernel", "attention_kernel"}
+NATIVE = {"sd15": 512, "sd21": 768, "sdxl": 1024}
+"""Pixels that the models were trained for."""
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+TENSOR_CORES = {"linear_kernel", "geglu_kernel", "attention_kernel", "conv_kernel"}
+GEOMETRY = ("N", "N2", "K", "C", "R", "C1", "C2", "D")
+EXTRAS = ("HAS_BIAS", "HAS_CHANNEL_BIAS", "HAS_RESIDUAL", "STATISTICS", "CAUSAL", "SILU")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -39,6 +45,8 @@ class Job:
     call: Call
     index: int
     arch: int
+    dtype: torch.dtype
+    mask: str | None  # of an attention
 
 
 @dataclass(frozen=True)
@@ -56,62 +64,112 @@ class Compiled:
     def breach(self) -> str | None:
         if self.spilled:
             return f"spills {self.spilled} bytes"
-        if self.shared > SHARED[self.arch]:
-            return f"needs {self.shared} bytes of shared memory, sm_{self.arch} has {SHARED[self.arch]}"
+        if self.shared > SHARED_MEMORY[self.arch]:
+            return f"needs {self.shared} bytes of shared memory, sm_{self.arch} has {SHARED_MEMORY[self.arch]}"
         if self.arch == 90 and self.kernel in TENSOR_CORES and not self.hgmma:
             return "no HGMMA: not on sm_90's tensor cores"
         return None
 
 
-def plan(call: Call, arch: int, dtype: torch.dtype = torch.float16) -> list[Launch]:
-    """The launches of one call; none for an op that has no kernel yet."""
+def plan(call: Call, arch: int, dtype: torch.dtype, mask: str | None = None) -> list[Launch]:
+    """The launches of one call; none of a sampler's step, which no net calls."""
     arguments, options = call.meta(dtype)
-    if call.op == "linear":
-        return plan_linear(arch, *arguments, **options)
-    if call.op == "geglu":
-        x, w, b = arguments
-        return geglu.plan_geglu(
-            x, w, b, torch.empty((*x.shape[:-1], w.shape[0] // 2), dtype=dtype, device="meta"), arch
-        )
-    if call.op == "attention":
-        return plan_attention(arch, *arguments, **options)
-    if call.op == "group_norm":
-        return plan_group_norm(*arguments, **options)
-    if call.op == "layer_norm":
-        x, w, b, eps = arguments
-        return layernorm.plan_layer_norm(x, w, b, eps, torch.empty_like(x))
-    return []
+    if mask is not None:
+        size = (call.result[0], 1, 1, call.named()["k"][1])
+        options["mask"] = torch.empty(size, dtype=torch.bool if mask == "boolean" else dtype, device="meta")
+    if call.op == "project_heads":
+        return plan_project_heads(arch, *arguments)
+    out = torch.empty(call.result, dtype=dtype, device="meta")
+    return PLANS[call.op](arch, out, *arguments, **options)
 
 
-def plan_group_norm(
-    x: Any, w: Any, b: Any, groups: int, eps: float, silu: bool = False, skip: Any = None
-) -> list[Launch]:
-    out = torch.empty((*x.shape[:-1], w.shape[0]), dtype=x.dtype, device="meta")
-    return groupnorm_silu.plan_group_norm(x, w, b, groups, eps, silu, skip, out)
-
-
-def plan_attention(arch: int, q: Any, k: Any, v: Any, mask: Any = None, causal: bool = False) -> list[Launch]:
-    return flash_attn.plan_attention(q, k, v, mask, causal, torch.empty_like(q), shared=SHARED[arch])
-
-
-def plan_linear(arch: int, x: Any, w: Any, b: Any = None, residual: Any = None, activation: Any = None) -> list[Launch]:
-    out = torch.empty((*x.shape[:-1], w.shape[0]), dtype=x.dtype, device="meta")
+def plan_linear(
+    arch: int, out: Any, x: Any, w: Any, b: Any = None, residual: Any = None, activation: Any = None
+) -> Any:
     return gemm.plan_linear(x, w, b, residual, activation, out, arch)
 
 
-def jobs(models: list[str], pixels: int, archs: list[int]) -> Counter[Job]:
+def plan_project_heads(arch: int, x: Any, weights: Any, biases: Any = None, count: int = 1) -> list[Launch]:
+    w = heads.pack(count, *weights)
+    b = None if biases is None else heads.pack(count, *biases)
+    out = torch.empty((*x.shape[:-1], w.shape[0]), dtype=x.dtype, device="meta")
+    return gemm.plan_linear(x, w, b, None, None, out, arch)
+
+
+def plan_attention(
+    arch: int, out: Any, q: Any, k: Any, v: Any, mask: Any = None, causal: bool = False, head_dim: int | None = None
+) -> list[Launch]:
+    return flash_attn.plan_attention(q, k, v, mask, causal, out, shared=SHARED_MEMORY[arch], head_dim=head_dim)
+
+
+def plan_group_norm(
+    arch: int, out: Any, x: Any, w: Any, b: Any, groups: int, eps: float, silu: bool = False, skip: Any = None
+) -> list[Launch]:
+    return groupnorm_silu.plan_group_norm(x, w, b, groups, eps, silu, skip, out)
+
+
+def plan_conv2d(
+    arch: int,
+    out: Any,
+    x: Any,
+    w: Any,
+    b: Any = None,
+    stride: int = 1,
+    pad: Any = (0, 0, 0, 0),
+    *epilogue: Any,
+    **more: Any,
+) -> list[Launch]:
+    names = ("channel_bias", "residual", "shortcut")
+    added = conv2d.Epilogue(b, **dict(zip(names, epilogue, strict=False)) | more)
+    return conv2d.plan_conv2d(x, conv2d.pack(w), stride, pad, added, out, arch)
+
+
+PLANS: dict[str, Callable[..., list[Launch]]] = {
+    "linear": plan_linear,
+    "geglu": lambda arch, out, x, w, b: geglu.plan_geglu(x, w, b, out, arch),
+    "attention": plan_attention,
+    "layer_norm": lambda arch, out, x, w, b, eps: layernorm.plan_layer_norm(x, w, b, eps, out),
+    "group_norm": plan_group_norm,
+    "conv2d": plan_conv2d,
+    "conv2d_norm": lambda arch, out, x, w, *rest: conv2d_norm.plan_conv2d_norm(x, conv2d.pack(w), *rest, out, arch),
+    "upsample_conv2d": lambda arch, out, x, w, b, size=None: conv2d.plan_upsample_conv2d(
+        x, conv2d.pack_phases(w), b, out, arch
+    ),
+}
+
+
+def long_prompts(calls: Counter[Call]) -> Counter[Call]:
+    """The cross-attentions again with the keys of prompts of two and three chunks of 77 tokens."""
+    found: Counter[Call] = Counter()
+    for call in calls:
+        if call.op == "attention" and call.named()["k"][1] == 77 != call.named()["q"][1]:
+            q, k, *rest = call.arguments
+            for keys in (154, 231):
+                longer = torch.Size((k[0], keys, *k[2:]))
+                found[replace(call, arguments=(q, longer, longer, *rest[1:]))] += 1
+    return found
+
+
+def jobs(models: list[str], pixels: int | None, archs: list[int], dtypes: list[torch.dtype]) -> Counter[Job]:
     """One job for each different kernel, and how many launches use it."""
     calls: Counter[Call] = Counter()
     for name in models:
-        calls.update(sum(trace(MODELS[name], pixels).values(), Counter()))
+        calls.update(sum(trace(MODELS[name], pixels or NATIVE[name]).values(), Counter()))
+    calls.update(long_prompts(calls))
+    masks = {call: (None, "boolean", "additive") if may_be_masked(call) else (None,) for call in calls}
     first: dict[tuple[Any, ...], Job] = {}
     uses: Counter[Job] = Counter()
-    for call, count in calls.items():
-        for arch in archs:
-            for index, launch in enumerate(plan(call, arch)):
-                job = first.setdefault((arch, *identity(launch)), Job(call, index, arch))
+    for arch, dtype, (call, count) in product(archs, dtypes, calls.items()):
+        for mask in masks[call]:
+            for index, launch in enumerate(plan(call, arch, dtype, mask)):
+                job = first.setdefault((arch, *identity(launch)), Job(call, index, arch, dtype, mask))
                 uses[job] += count
     return uses
+
+
+def may_be_masked(call: Call) -> bool:
+    """Attention to a text: the VAE's and a picture's to itself never are."""
+    return call.op == "attention" and call.named()["k"][1] <= 231 and not call.named().get("causal")
 
 
 def identity(launch: Launch) -> tuple[Any, ...]:
@@ -124,7 +182,7 @@ def identity(launch: Launch) -> tuple[Any, ...]:
 
 
 def compile_job(job: Job, uses: int) -> Compiled:
-    launch = plan(job.call, job.arch)[job.index]
+    launch = plan(job.call, job.arch, job.dtype, job.mask)[job.index]
     binary = launch.compile(job.arch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
@@ -132,23 +190,31 @@ def compile_job(job: Job, uses: int) -> Compiled:
         usage = _tool("cuobjdump", "-res-usage", file.name)
         sass = _tool("nvdisasm", "-c", file.name) if job.arch == 90 else ""
     numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    blocks = [str(value) for key, value in launch.constants.items() if key.startswith("BLOCK")]
-    constants = launch.constants
-    extras = [name for name in ("HAS_BIAS", "HAS_RESIDUAL") if constants.get(name)]
-    extras += [str(constants["ACTIVATION"])] if constants.get("ACTIVATION") else []
-    extras += [f"split {constants['SPLIT_K']}"] if constants.get("SPLIT_K", 1) > 1 else []
-    epilogue = "".join(f" +{extra.removeprefix('HAS_').lower()}" for extra in extras)
-    size = "x".join(str(launch.constants[key]) for key in ("N", "N2", "K", "D") if key in launch.constants)
     return Compiled(
         arch=job.arch,
         kernel=launch.kernel.__name__,
-        config=f"{size} | {'x'.join(blocks)} w{launch.num_warps} s{launch.num_stages}{epilogue}",
+        config=f"{TYPE_NAMES[job.dtype]} {describe(launch)}",
         registers=numbers["REG"],
         spilled=numbers.get("LOCAL", 0) + numbers.get("STACK", 0),
         shared=binary.metadata.shared,
         hgmma=sass.count("HGMMA"),
         uses=uses,
     )
+
+
+def describe(launch: Launch) -> str:
+    """Geometry | tile, warps, stages, and what else is compiled in."""
+    constants = launch.constants
+    geometry = [f"{name} {constants[name]}" for name in GEOMETRY if constants.get(name)]
+    tile = "x".join(
+        str(value) for name, value in constants.items() if name.startswith(("BLOCK", "TAIL", "TILES")) and value
+    )
+    extras = [name.removeprefix("HAS_").lower() for name in EXTRAS if constants.get(name)]
+    extras += [str(constants[name]) for name in ("ACTIVATION", "MASK") if constants.get(name)]
+    extras += [
+        f"{name.lower()} {constants[name]}" for name in ("SPLIT_K", "PHASES", "STRIDE") if constants.get(name, 1) > 1
+    ]
+    return f"{' '.join(geometry)} | {tile} w{launch.num_warps} s{launch.num_stages}" + "".join(f" +{e}" for e in extras)
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -158,18 +224,21 @@ def _tool(name: str, *arguments: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, action="append", help="default: all")
-    parser.add_argument("--size", type=int, default=512, help="pixels (default 512)")
-    parser.add_argument("--arch", type=int, choices=SHARED, action="append", help="default: all")
+    parser.add_argument("--size", type=int, help="pixels (default: what each model was trained for)")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: all")
+    parser.add_argument("--arch", type=int, choices=SHARED_MEMORY, action="append", help="default: all")
     parser.add_argument("--fast", action="store_true", help="the most used kernels only, for the test suite")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
 
     start = time.perf_counter()
-    todo = jobs(args.model or list(MODELS), args.size, args.arch or list(SHARED)).most_common(8 if args.fast else None)
+    models, archs = args.model or list(MODELS), args.arch or list(SHARED_MEMORY)
+    dtypes = [DTYPES[name] for name in args.dtype or DTYPES]
+    todo = jobs(models, args.size, archs, dtypes).most_common(8 if args.fast else None)
     with ProcessPoolExecutor(args.workers) as pool:
         done = list(pool.map(compile_job, *zip(*todo, strict=True)))
     done.sort(key=lambda one: (one.kernel, one.config, one.arch))
-    rows = [["kernel", "arch", "N x K, or D | tile", "registers", "spilled", "shared", "HGMMA", "launches", ""]]
+    rows = [["kernel", "arch", "geometry | tile", "registers", "spilled", "shared", "HGMMA", "launches", ""]]
     for one in done:
         numbers = (one.registers, one.spilled, one.shared, one.hgmma, one.uses)
         rows.append([one.kernel, f"sm_{one.arch}", one.config, *map(str, numbers), one.breach or ""])

@@ -3,21 +3,55 @@
 No weight is made and nothing is computed, so the full-size models can be listed anywhere.
 """
 
+import inspect
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastsd.config import SD15, SD21, ModelConfig
+from fastsd.config import SD15, SD21, CLIPConfig, ModelConfig, UNetConfig, VAEConfig
+from fastsd.kernels.heads import stored_width
 from fastsd.models.clip import CLIPText
 from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE
 from fastsd.ops import REFERENCE, Ops
 
-MODELS: dict[str, ModelConfig] = {"sd15": SD15, "sd21": SD21}
+
+@dataclass(frozen=True)
+class Nets:
+    """What is traced of a model that fastsd does not run yet: a ModelConfig whose nets need not fit each other."""
+
+    text_encoder: CLIPConfig
+    unet: UNetConfig
+    vae: VAEConfig
+
+
+SDXL = Nets(
+    CLIPConfig(
+        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, hidden_act="gelu"
+    ),
+    UNetConfig(
+        sample_size=128,
+        block_out_channels=(320, 640, 1280),
+        layers_per_block=(2, 2, 2),
+        down_attention=(False, True, True),
+        up_attention=(True, True, False),
+        num_attention_heads=(5, 10, 20),
+        transformer_layers_per_block=(1, 2, 10),
+        cross_attention_dim=2048,
+        use_linear_projection=True,
+    ),
+    VAEConfig(scaling_factor=0.13025),
+)
+"""Stable Diffusion XL base, as far as it has shapes of its own: the text encoder is the larger of its two (OpenCLIP bigG; the
+other is SD 1.x's), and the time embedding's added half, two small linear layers a prompt, is not there yet."""
+
+MODELS: dict[str, ModelConfig | Nets] = {"sd15": SD15, "sd21": SD21, "sdxl": SDXL}
 
 
 @dataclass(frozen=True)
@@ -25,23 +59,56 @@ class Call:
     """One call of an op, by the shapes of its tensors: what a kernel is planned from."""
 
     op: str
-    arguments: tuple[Any, ...]  # shapes of tensors, other values as they are; trailing None left out
+    arguments: tuple[
+        Any, ...
+    ]  # torch.Size for a tensor, also inside a tuple; other values as they are; no trailing None
     options: tuple[tuple[str, Any], ...]
-    result: torch.Size
+    result: Any  # torch.Size, or a tuple of them
+
+    def named(self) -> dict[str, Any]:
+        """The arguments by the names of the op's parameters, without those that are None by default."""
+        parameters = signature(self.op)
+        bound = parameters.bind(*self.arguments, **dict(self.options)).arguments
+        return {k: v for k, v in bound.items() if v is not None or parameters.parameters[k].default is not None}
 
     def meta(self, dtype: torch.dtype) -> tuple[list[Any], dict[str, Any]]:
         """The arguments again, on meta."""
 
-        def tensor(value: Any) -> Any:
-            return torch.empty(value, dtype=dtype, device="meta") if isinstance(value, torch.Size) else value
+        def tensor(size: torch.Size) -> Tensor:
+            return torch.empty(size, dtype=dtype, device="meta")
 
-        return [tensor(value) for value in self.arguments], {name: tensor(value) for name, value in self.options}
+        arguments = [replaced(value, torch.Size, tensor) for value in self.arguments]
+        return arguments, {name: replaced(value, torch.Size, tensor) for name, value in self.options}
+
+
+@cache
+def signature(op: str) -> inspect.Signature:
+    return inspect.signature(getattr(REFERENCE, op))
+
+
+def replaced(value: Any, kind: type, by: Callable[[Any], Any]) -> Any:
+    """The value with everything of a kind in it replaced; lists become tuples, named tuples stay themselves."""
+    if isinstance(value, kind):
+        return by(value)
+    if not isinstance(value, tuple | list):
+        return value
+    items = [replaced(item, kind, by) for item in value]
+    return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+
+
+def sizes(value: Any) -> Iterator[torch.Size]:
+    """Every tensor's size in an argument or a result."""
+    if isinstance(value, torch.Size):
+        yield value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from sizes(item)
 
 
 STAGES = ("text", "prompt", "schedule", "step", "decode")
 
 
-def trace(config: ModelConfig, pixels: int, batch: int = 2) -> dict[str, Counter[Call]]:
+def trace(config: ModelConfig | Nets, pixels: int, batch: int = 2) -> dict[str, Counter[Call]]:
     """How often each call is made by each stage.
 
     text: CLIP on `batch` prompts; prompt: their keys and values; schedule: the time projections of one timestep; step: one UNet
@@ -51,7 +118,8 @@ def trace(config: ModelConfig, pixels: int, batch: int = 2) -> dict[str, Counter
     latent = pixels // config.vae.downscale
     with torch.device("meta"), torch.no_grad():
         ids, x = torch.zeros(batch, 77, dtype=torch.int64), torch.empty(batch, latent, latent, config.unet.in_channels)
-        context = CLIPText(config.text_encoder, recording(calls["text"]))(ids)
+        CLIPText(config.text_encoder, recording(calls["text"]))(ids)
+        context = torch.empty(batch, ids.shape[1], config.unet.cross_attention_dim)
         keys = UNet(config.unet, recording(calls["prompt"])).project_context(context)
         time = UNet(config.unet, recording(calls["schedule"])).project_time(torch.zeros(1)).expand(batch, -1)
         UNet(config.unet, recording(calls["step"]))(x, time, keys)
@@ -60,16 +128,26 @@ def trace(config: ModelConfig, pixels: int, batch: int = 2) -> dict[str, Counter
 
 
 def recording(calls: Counter[Call]) -> Ops:
-    """The reference ops, each call written down."""
+    """The reference ops, each call written down. Heads are handed on as wide as the kernels store them."""
 
-    def record(name: str) -> Callable[..., Tensor]:
-        def op(*arguments: Any, **options: Any) -> Tensor:
-            shapes = [value.shape if isinstance(value, Tensor) else value for value in arguments]
+    def shape(tensor: Tensor) -> torch.Size:
+        return tensor.shape
+
+    def shaped(value: Any) -> Any:
+        # A size that is an argument itself, as upsample_conv2d's, is not a tensor's.
+        return replaced(tuple(value) if isinstance(value, torch.Size) else value, Tensor, shape)
+
+    def record(name: str) -> Callable[..., Any]:
+        def op(*arguments: Any, **options: Any) -> Any:
+            shapes = [shaped(value) for value in arguments]
             while shapes and shapes[-1] is None:
                 shapes.pop()
-            named = sorted((key, value.shape if isinstance(value, Tensor) else value) for key, value in options.items())
+            named = sorted((key, shaped(value)) for key, value in options.items())
             result = getattr(REFERENCE, name)(*arguments, **options)
-            calls[Call(name, tuple(shapes), tuple(named), result.shape)] += 1
+            if name == "project_heads":
+                width = result[0].shape[-1]
+                result = tuple(F.pad(heads, (0, stored_width(width) - width)) for heads in result)
+            calls[Call(name, tuple(shapes), tuple(named), shaped(result))] += 1
             return result
 
         return op

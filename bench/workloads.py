@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 import fastsd
+from fastsd.backends import onednn_ops
 from fastsd.config import SD15
 from fastsd.models.unet import UNet
-from fastsd.ops import REFERENCE, onednn_ops
+from fastsd.ops import REFERENCE
 from fastsd.pipeline import BUNDLED
 from tests.tolerances import IMAGE_PSNR, NET, UNET_STEP
 

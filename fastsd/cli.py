@@ -291,8 +291,9 @@ def _backends() -> list[tuple[str, str]]:
     """The backends this machine can run, and what "auto" stands for on it."""
     from dataclasses import fields
 
+    from fastsd.backends import BACKENDS, select_ops
     from fastsd.device import select_device, select_dtype
-    from fastsd.ops import BACKENDS, REFERENCE, select_ops
+    from fastsd.ops import REFERENCE
 
     device = select_device("auto")
     usable = []

@@ -8,18 +8,13 @@ differentiable. Letters: B batch, H W height and width, C O channels in and out,
 Activations are NHWC throughout, so tokens [B, H·W, C] are a view of an image [B, H, W, C].
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from fastsd.checks import choice
-from fastsd.errors import ParameterError
-from fastsd.kernels import onednn
 
 Activation = Literal["silu", "gelu", "quick_gelu"]
 Pad = tuple[int, int, int, int]
@@ -39,6 +34,19 @@ class StepRow(NamedTuple):
     """[B] fp32 guidance scale g: guided = uncond + g · (cond − uncond). Unused when the UNet ran without guidance."""
     rescale: Tensor | None = None
     """[B] fp32 guidance_rescale φ in [0, 1] (Lin et al. 2024, arXiv 2305.08891, eq. 15–16); None: off."""
+
+
+class Shortcut(NamedTuple):
+    """A 1×1 convolution to be added where a ResBlock changes the number of channels: w·(x beside skip) + b."""
+
+    x: Tensor
+    """[B, H, W, C]"""
+    skip: Tensor | None
+    """[B, H, W, C₂]"""
+    w: Tensor
+    """[O, C+C₂, 1, 1]"""
+    b: Tensor
+    """[O]"""
 
 
 def linear(
@@ -61,14 +69,33 @@ def geglu(x: Tensor, w: Tensor, b: Tensor, affine: Affine = F.linear) -> Tensor:
     return value * F.gelu(gate)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+def project_heads(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, heads: int, affine: Affine = F.linear
+) -> tuple[Tensor, ...]:
+    """x·wᵀ + b in heads, for each weight. x [B, L, K], w [N·D, K], b [N·D] → each [B, L, N, D].
+
+    Other op sets may return heads stored wider, [B, L, N, D′], with zeros from D on; `attention` takes them.
+    """
+    added = [None] * len(weights) if biases is None else biases
+    return tuple(affine(x, w, b).unflatten(-1, (heads, -1)) for w, b in zip(weights, added, strict=True))
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    head_dim: int | None = None,
+) -> Tensor:
     """softmax(q·kᵀ/√D + mask)·v a head. q [B, L, N, D], k v [B, M, N, D] → [B, L, N, D]; scores and softmax in fp32.
 
     mask, broadcastable to [B, N, L, M], is boolean (True: attend) or additive. A row that may attend nowhere gives 0.
+    head_dim: D, where heads are stored wider (see `project_heads`).
     """
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, N, L, D]
+    q, k, v = (t[..., :head_dim].transpose(1, 2) for t in (q, k, v))  # [B, N, L, D]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).transpose(1, 2)
 
 
@@ -106,16 +133,16 @@ def conv2d(
     pad: Pad = (0, 0, 0, 0),
     channel_bias: Tensor | None = None,
     residual: Tensor | None = None,
-    skip: Tensor | None = None,
+    shortcut: Shortcut | None = None,
     convolve: Convolve = convolve,
 ) -> Tensor:
-    """2-D convolution + b + channel_bias + residual. x [B, H, W, C], w [O, C, R, R], b [O] → [B, H', W', O].
+    """2-D convolution + b + channel_bias + residual + shortcut. x [B, H, W, C], w [O, C, R, R], b [O] → [B, H', W', O].
 
-    channel_bias [B, O] is a ResBlock's time projection, residual [B, H', W', O] its other branch; a skip [B, H, W, C₂]
-    lies beside x, as in `group_norm`, and then w is [O, C+C₂, R, R].
+    channel_bias [B, O] is a ResBlock's time projection; residual [B, H', W', O] or shortcut its other branch.
     """
-    y = convolve(_beside(x, skip), w, b, stride, pad)
+    y = convolve(x, w, b, stride, pad)
     y = y if channel_bias is None else y + channel_bias[:, None, None, :]
+    y = y if shortcut is None else y + convolve(_beside(shortcut.x, shortcut.skip), *shortcut[2:], 1, (0, 0, 0, 0))
     return y if residual is None else y + residual
 
 
@@ -127,6 +154,25 @@ def upsample_conv2d(
     size (H', W') is what to enlarge to instead: beside a skip of odd height 2H−1 there is one row less.
     """
     return convolve(upsample(x, size), w, b, 1, (1, 1, 1, 1))
+
+
+def conv2d_norm(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor,
+    channel_bias: Tensor | None,
+    norm_w: Tensor,
+    norm_b: Tensor,
+    groups: int,
+    eps: float,
+    convolve: Convolve = convolve,
+) -> Tensor:
+    """3×3 convolution, padding 1, + b + channel_bias; group norm; SiLU: the middle of a ResBlock, whose sum none else reads.
+
+    x [B, H, W, C], w [O, C, 3, 3], b norm_w norm_b [O], channel_bias [B, O] → [B, H, W, O].
+    """
+    y = conv2d(x, w, b, 1, (1, 1, 1, 1), channel_bias, convolve=convolve)
+    return group_norm(y, norm_w, norm_b, groups, eps, silu=True)
 
 
 def sampler_step(state: Tensor, out: Tensor, noise: Tensor | None, row: StepRow) -> Tensor:
@@ -190,10 +236,12 @@ class Ops:
     name: str
     linear: Callable[..., Tensor]
     geglu: Callable[..., Tensor]
+    project_heads: Callable[..., tuple[Tensor, ...]]
     attention: Callable[..., Tensor]
     layer_norm: Callable[..., Tensor]
     group_norm: Callable[..., Tensor]
     conv2d: Callable[..., Tensor]
+    conv2d_norm: Callable[..., Tensor]
     upsample_conv2d: Callable[..., Tensor]
     sampler_step: Callable[..., Tensor]
 
@@ -202,47 +250,12 @@ REFERENCE = Ops(
     name="reference",
     linear=linear,
     geglu=geglu,
+    project_heads=project_heads,
     attention=attention,
     layer_norm=layer_norm,
     group_norm=group_norm,
     conv2d=conv2d,
+    conv2d_norm=conv2d_norm,
     upsample_conv2d=upsample_conv2d,
     sampler_step=sampler_step,
 )
-
-
-def onednn_ops() -> Ops:
-    """The reference with oneDNN's packed GEMMs and convolutions in it: for CPUs. See `kernels/onednn.py`."""
-
-    # fp16, and bf16 on CPUs that cannot multiply it, stay with PyTorch: oneDNN would have no faster way for them.
-    def affine(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        return onednn.affine(x, w, b) if onednn.supports(x, w) and onednn.pays(x, w) else F.linear(x, w, b)
-
-    def convolve_packed(x: Tensor, w: Tensor, b: Tensor | None, stride: int, pad: Pad) -> Tensor:
-        return onednn.conv2d(x, w, b, stride, pad) if onednn.supports(x, w) else convolve(x, w, b, stride, pad)
-
-    return replace(
-        REFERENCE,
-        name="onednn",
-        linear=partial(linear, affine=affine),
-        geglu=partial(geglu, affine=affine),
-        conv2d=partial(conv2d, convolve=convolve_packed),
-        upsample_conv2d=partial(upsample_conv2d, convolve=convolve_packed),
-    )
-
-
-BACKENDS = ("auto", "triton", "onednn", "reference")
-
-
-def select_ops(backend: str, device: torch.device) -> Ops:
-    """The ops of a backend. "auto": the fastest that is proven for the device.
-
-    ParameterError for one that is unknown, or that this machine or this version cannot run.
-    """
-    choice("backend", backend, BACKENDS)
-    if backend == "triton":
-        raise ParameterError("backend: the Triton kernels are not in this version yet; choose auto or reference")
-    packed = device.type == "cpu" and onednn.available()
-    if backend == "onednn" and not packed:
-        raise ParameterError("backend: onednn needs the CPU and a PyTorch built with oneDNN; choose auto or reference")
-    return onednn_ops() if packed and backend != "reference" else REFERENCE

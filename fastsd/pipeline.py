@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastsd import images, metadata
+from fastsd.backends import select_ops
 from fastsd.checkpoints import open_folder, resolve
 from fastsd.checks import choice, float_tensor, text_or_none
 from fastsd.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
@@ -26,7 +27,7 @@ from fastsd.models.clip import CLIPText
 from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE
 from fastsd.noise import NoiseSource
-from fastsd.ops import StepRow, select_ops
+from fastsd.ops import StepRow
 from fastsd.prompt import encode_prompts
 from fastsd.request import Request, StepCallback, check_request, check_seeds
 from fastsd.result import Result

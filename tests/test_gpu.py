@@ -1,4 +1,4 @@
-"""What must hold on a GPU: `make test-gpu`. The reference path there; the fused kernels' own cases come with them."""
+"""What must hold on a GPU: `make test-gpu`. Pipelines and whole nets; the kernels' own cases are in `tests/kernels`."""
 
 import threading
 from typing import Any
@@ -38,11 +38,19 @@ def test_a_seed_draws_on_the_gpu_what_it_draws_on_the_cpu(
     assert psnr(ours, expected) >= IMAGE_PSNR
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize(("dtype", "least"), HALF_PSNR.items())
-def test_half_precision_pictures(pipe: fastsd.Pipeline, dtype: str, least: float) -> None:
-    half = fastsd.Pipeline(device="cuda", dtype=dtype)
+def test_half_precision_pictures(pipe: fastsd.Pipeline, backend: str, dtype: str, least: float) -> None:
+    half = fastsd.Pipeline(device="cuda", dtype=dtype, backend=backend)
     quality = psnr(half.generate(PROMPT, seed=3, **ARGUMENTS).images, pipe.generate(PROMPT, seed=3, **ARGUMENTS).images)
     assert quality >= least, f"{dtype}: {quality:.1f} dB against fp32 on the CPU"
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "plms", "dpmpp_2m", "euler", "euler_ancestral", "ddpm"])
+def test_the_kernels_draw_what_the_reference_draws(pipe: fastsd.Pipeline, sampler: str) -> None:
+    ours = fastsd.Pipeline(device="cuda", dtype="float32", backend="triton")
+    expected = pipe.generate(PROMPT, seed=3, sampler=sampler, **ARGUMENTS).images
+    assert psnr(ours.generate(PROMPT, seed=3, sampler=sampler, **ARGUMENTS).images, expected) >= IMAGE_PSNR
 
 
 def test_auto_is_cuda_in_fp16() -> None:

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from diffusers.models.activations import GEGLU
 from torch import Tensor
 
+from fastsd.backends import onednn_ops
 from fastsd.kernels import onednn
-from fastsd.ops import REFERENCE, Ops, StepRow, onednn_ops
+from fastsd.ops import REFERENCE, Ops, Shortcut, StepRow
 from tests.oracle import nchw, nhwc, relative_l2
 from tests.tolerances import OPS
 
@@ -172,14 +173,61 @@ CONVS = {
 @by_dtype
 @pytest.mark.parametrize(("kernel", "stride", "pad"), CONVS.values(), ids=CONVS)
 def test_conv2d(ops: Ops, dtype: torch.dtype, kernel: int, stride: int, pad: tuple[int, int, int, int]) -> None:
-    x, skip = draw(2, 9, 7, 16, seed=0, dtype=dtype), draw(2, 9, 7, 4, seed=1, dtype=dtype)
-    w, b = draw(24, 20, kernel, kernel, seed=2, dtype=dtype, scale=0.1), draw(24, seed=3, dtype=dtype)
-    both = nchw(torch.cat((x, skip), -1)).double()
-    truth = nhwc(F.conv2d(F.pad(both, pad), w.double(), b.double(), stride))
+    x, w, b = (
+        draw(2, 9, 7, 20, seed=0, dtype=dtype),
+        draw(24, 20, kernel, kernel, seed=2, dtype=dtype, scale=0.1),
+        draw(24, seed=3, dtype=dtype),
+    )
+    truth = nhwc(F.conv2d(F.pad(nchw(x).double(), pad), w.double(), b.double(), stride))
     channel_bias = draw(2, 24, seed=4, dtype=dtype)
     residual = draw(*truth.shape, seed=5, dtype=dtype)
     truth = truth + channel_bias.double()[:, None, None] + residual.double()
-    check("conv2d", ops.conv2d(x, w, b, stride, pad, channel_bias, residual, skip), truth)
+    check("conv2d", ops.conv2d(x, w, b, stride, pad, channel_bias, residual), truth)
+
+
+@by_ops
+@by_dtype
+@pytest.mark.parametrize("skip_channels", [0, 8], ids=["no skip", "skip"])
+def test_conv2d_adds_a_shortcut(ops: Ops, dtype: torch.dtype, skip_channels: int) -> None:
+    x, w, b = draw(2, 4, 3, 20, seed=0, dtype=dtype), draw(24, 20, 3, 3, seed=1, dtype=dtype, scale=0.1), None
+    wide = draw(2, 4, 3, 12 + skip_channels, seed=2, dtype=dtype)
+    skip = wide[..., 12:].contiguous() if skip_channels else None
+    w_wide = draw(24, 12 + skip_channels, 1, 1, seed=3, dtype=dtype, scale=0.1)
+    shortcut = Shortcut(wide[..., :12].contiguous(), skip, w_wide, draw(24, seed=4, dtype=dtype))
+    truth = nhwc(F.conv2d(nchw(x).double(), w.double(), padding=1))
+    truth = truth + wide.double() @ w_wide[..., 0, 0].double().T + shortcut.b.double()
+    check("conv2d", ops.conv2d(x, w, b, 1, (1, 1, 1, 1), shortcut=shortcut), truth)
+
+
+@by_ops
+@by_dtype
+def test_conv2d_norm(ops: Ops, dtype: torch.dtype) -> None:
+    x, w = draw(2, 5, 4, 16, seed=0, dtype=dtype), draw(24, 16, 3, 3, seed=1, dtype=dtype, scale=0.1)
+    b, norm_w, norm_b = (draw(24, seed=seed, dtype=dtype) for seed in (2, 3, 4))
+    channel_bias = draw(2, 24, seed=5, dtype=dtype)
+    y = nhwc(F.conv2d(nchw(x).double(), w.double(), b.double(), padding=1)) + channel_bias.double()[:, None, None]
+    grouped = y.unflatten(-1, (4, 6))
+    centred = grouped - grouped.mean((1, 2, 4), keepdim=True)
+    y = (centred / (centred.square().mean((1, 2, 4), keepdim=True) + 1e-5).sqrt()).flatten(-2)
+    y = y * norm_w.double() + norm_b.double()
+    value = ops.conv2d_norm(x, w, b, channel_bias, norm_w, norm_b, 4, 1e-5)
+    check("conv2d_norm", value, y / (1 + torch.exp(-y)))
+
+
+@by_ops
+@by_dtype
+@pytest.mark.parametrize("biased", [False, True])
+def test_project_heads(ops: Ops, dtype: torch.dtype, biased: bool) -> None:
+    """Three layers of one input, and what attention makes of heads that are stored wider than they are."""
+    x = draw(2, 7, 48, seed=0, dtype=dtype)
+    weights = [draw(40, 48, seed=1 + i, dtype=dtype, scale=0.1) for i in range(3)]
+    biases = [draw(40, seed=4 + i, dtype=dtype) for i in range(3)] if biased else None
+    heads = ops.project_heads(x, weights, biases, 4)
+    for i, one in enumerate(heads):
+        truth = x.double() @ weights[i].double().T + (0.0 if biases is None else biases[i].double())
+        check("linear", one, truth.unflatten(-1, (4, 10)))
+    wide = [F.pad(one, (0, 6)) for one in heads]
+    torch.testing.assert_close(ops.attention(*wide, head_dim=10), ops.attention(*heads))
 
 
 @by_ops

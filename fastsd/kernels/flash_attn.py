@@ -3,7 +3,8 @@
 Reads (L + 2M)·N·D and writes L·N·D elements an image, k and v once more for each tile of queries, mostly from L2;
 4·L·M·N·D operations. Scores, softmax and sums are fp32; 1/√D·log₂e is folded into exp2 and the division comes last.
 An axis that is no power of two is a main part and a tail (40 = 32 + 8 in 16, 77 keys = 64 + 13 in 16), never the next power.
-Keys that fit a tile (77, 154) are one pass: nothing is rescaled. Programs share the value columns of a head of 512 (VAE).
+Keys whose scores fit registers (77, 154, 231) are one pass: nothing is rescaled. Programs share the value columns of a head
+of 512 (VAE).
 """
 
 import math
@@ -14,10 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastsd.kernels.attention_tiles import advance, at_once, load_rows, scores, store_rows
 from fastsd.kernels.launch import FLOATS, Launch
 
 SMALLEST_SHARED = 101376
 """Bytes of shared memory a program may have on sm_86 and sm_89, the least of the GPUs served."""
+SM80_SHARED = 166912
+"""The same on sm_80; sm_90 and sm_100 have 232448."""
 LOG2E = 1.4426950408889634
 
 
@@ -29,8 +33,9 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     tail_n: int = 0
-    """Keys of the second tile, if one_pass."""
+    """Keys of the last tile if one_pass, where no more are left."""
     one_pass: bool = False
+    """The scores of all keys stay in registers: nothing is rescaled. Else the keys come tile by tile, any number of them."""
     value_columns: int = 0
     """Columns of v a program, if not all."""
 
@@ -43,8 +48,22 @@ def split(width: int) -> tuple[int, int]:
     return (main, tail) if main < width and main >= 16 and main + tail < whole else (whole, 0)
 
 
-def choose_config(length: int, keys: int, head_dim: int, dtype: torch.dtype, shared: int = SMALLEST_SHARED) -> Config:
-    """Starting tiles of shared/KERNELS.md, not yet tuned on a device: the first that fits `shared` bytes of shared memory.
+def choose_config(
+    length: int,
+    keys: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    shared: int = SMALLEST_SHARED,
+    masked: bool = False,
+    causal: bool = False,
+) -> Config:
+    """For half precision: one pass if its registers suffice, else the first of the starting tiles of shared/KERNELS.md that
+    fits `shared` bytes of shared memory. Not yet tuned on a device. head_dim: columns of q, k and v as stored.
+
+    One pass holds up to 240 keys, but above a head of 80 on sm_8x only 160: there 231 keys at 160 spill 48 bytes by 64 queries
+    (sm_80, Triton 3.9), 24 to 64 by 128 (Triton 3.6). 256 keys spill 8 bytes at 40 and 48 to 56 at 160. A mask takes registers
+    of its own: masked, 231 keys at 160 spill 152 bytes on sm_90, causal 8; so a causal pass holds 160 keys, a masked one 160,
+    or 80 above a head of 80. All that is more comes tile by tile.
 
     fp32 takes small tiles: it does not run on tensor cores.
     """
@@ -52,148 +71,81 @@ def choose_config(length: int, keys: int, head_dim: int, dtype: torch.dtype, sha
         if head_dim == 512:
             return Config(16, 16, 4, 1, value_columns=128)
         return Config(32, 32, 4, 1) if head_dim <= 80 else Config(16, 16, 4, 1)
+    whole = _one_pass(length, keys, head_dim, shared, masked, causal)
+    if whole is not None:
+        return whole
     loops = [Config(128, 128, 8, 3), Config(128, 64, 8, 3), Config(128, 64, 8, 2)]
     if head_dim == 512:
         loops = [
             Config(bm, bn, 8, stages, value_columns=256) for bm, bn, stages in ((128, 32, 2), (64, 32, 2), (64, 16, 1))
         ]
-    elif length <= 256:
+    elif masked and head_dim > 80:
+        loops = [Config(64, 32, 4, 2)]
+    elif masked or length <= 256:
         loops = [Config(64, 64, 4, 2), Config(64, 32, 4, 2)]
     elif head_dim > 128:
         loops = [Config(128, 64, 8, 2), Config(128, 32, 8, 2)]
-    block_n, tail_n = split(keys)
-    if keys <= 160 and (block_n + tail_n) * sum(split(head_dim)) <= 12800:  # more spills registers on sm_8x
-        block_m = 128 if length > 256 else 64
-        loops.insert(0, Config(block_m, block_n, 8 if block_m == 128 or keys > 128 else 4, 1, tail_n, one_pass=True))
-    return next(config for config in loops if shared_bytes(config, head_dim) <= shared)
+    return next(config for config in loops if shared_bytes(config, head_dim, masked=masked) <= shared)
 
 
-def shared_bytes(config: Config, head_dim: int) -> int:
-    """What a config takes in half precision: the queries, then each stage's keys and values; in one pass, either at a time."""
-    width = sum(split(head_dim))
-    keys = config.block_n + config.tail_n
-    stages = width if config.one_pass else config.num_stages * (width + (config.value_columns or width))
-    return 2 * (config.block_m * width + keys * stages) + 1024
+def _one_pass(length: int, keys: int, width: int, shared: int, masked: bool, causal: bool) -> Config | None:
+    """A tile of k or v passes through registers on its way to shared memory: where the scores leave few, it is small."""
+    wide = width > 80
+    if width > 160 or keys > 240:
+        return None
+    if keys <= (80 if wide and masked else 160):
+        block_n = 64 if wide else 128
+        return in_one_pass(128 if length > 256 else 64, block_n // 2 if masked else block_n, keys)
+    if masked or causal or (wide and shared <= SM80_SHARED):
+        return None
+    return in_one_pass(128 if 64 <= width <= 80 else 64, 32 if wide else 64, keys)
 
 
-@triton.jit
-def load_rows(ptr, rows, STRIDE: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
-    """Columns [FIRST, FIRST + WIDTH) of the rows, 0 from D on."""
-    columns = FIRST + tl.arange(0, WIDTH)
-    mask = None if FIRST + WIDTH <= D else columns[None, :] < D
-    return tl.load(ptr + rows[:, None] * STRIDE + columns[None, :], mask=mask, other=None if mask is None else 0.0)
+def in_one_pass(block_m: int, block_n: int, keys: int) -> Config:
+    """Tiles of at most block_n keys and, where it spares some, a smaller last one: 77 → 64 + 16, 231 by 32 → 7·32 + 16."""
+    block_n = min(block_n, split(keys)[0])
+    tail_n = max(16, triton.next_power_of_2(keys % block_n)) if keys % block_n else 0
+    return Config(block_m, block_n, block_m // 16, 1, tail_n if tail_n < block_n else 0, one_pass=True)
 
 
-@triton.jit
-def store_rows(ptr, x, rows, left, STRIDE: tl.constexpr, FIRST: tl.constexpr, D: tl.constexpr):
-    """x into columns FIRST, FIRST + 1, … of the rows below left, none from D on."""
-    columns = FIRST + tl.arange(0, x.shape[1])
-    inside = (rows[:, None] < left) & (columns[None, :] < D)
-    tl.store(ptr + rows[:, None] * STRIDE + columns[None, :], x.to(ptr.dtype.element_ty), mask=inside)
+def candidates(length: int, keys: int, head_dim: int, dtype: torch.dtype, shared: int) -> list[Config]:
+    """At most 12 configs worth timing on a device of `shared` bytes of shared memory a program; choose_config's comes first."""
+    configs = [choose_config(length, keys, head_dim, dtype, shared)]
+    sizes = (64, 128) if length > 64 else (64,)
+    if dtype == torch.float32:
+        parts = 128 if head_dim == 512 else 0
+        configs += [Config(bm, bn, 4, 1, value_columns=parts) for bm, bn in ((16, 16), (32, 16), (16, 32), (32, 32))]
+    elif head_dim == 512:
+        shapes = ((64, 16, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 64, 8, 1), (128, 32, 8, 2), (128, 64, 8, 1))
+        configs += [Config(*shape, value_columns=256) for shape in shapes]
+        configs += [Config(*shape, value_columns=128) for shape in ((64, 32, 4, 2), (128, 32, 8, 2), (128, 64, 8, 2))]
+    else:
+        if keys <= 320:
+            wide = head_dim > 80
+            configs += [in_one_pass(bm, bn, keys) for bm in sizes for bn in ((32, 64) if wide else (64, 128))]
+        shapes = ((64, 64, 4, 2), (128, 64, 8, 3), (64, 64, 4, 3), (128, 128, 8, 2), (64, 32, 4, 3), (128, 128, 8, 3))
+        shapes += ((64, 128, 4, 2), (128, 64, 8, 2), (128, 32, 8, 3), (128, 64, 4, 2))
+        configs += [Config(*shape) for shape in shapes if shape[0] in sizes]
+    fitting = [config for config in dict.fromkeys(configs) if shared_bytes(config, head_dim, dtype.itemsize) <= shared]
+    return fitting[:12]
 
 
-@triton.jit
-def scores(
-    q,  # [BLOCK_M, D_MAIN]
-    q_tail,  # [BLOCK_M, D_TAIL], if D > D_MAIN
-    k_ptr,  # [M - start, D]: the tile's keys first
-    mask_ptrs,  # [BLOCK_M] the mask's rows, if MASK
-    rows,  # [BLOCK_M] queries
-    start,  # first key of the tile
-    M,
-    K_STRIDE: tl.constexpr,
-    D: tl.constexpr,
-    MASK: tl.constexpr,
-    MASK_KEY_STRIDE: tl.constexpr,
-    LOG2_SCALE: tl.constexpr,
-    RAGGED: tl.constexpr,  # the tile may pass M
-    CAUSAL: tl.constexpr,
-    KEYS: tl.constexpr,
-):
-    """q·kᵀ, -inf where a query may not attend; with an additive mask in units of log2 already. fp32 [BLOCK_M, KEYS]."""
-    offs = tl.arange(0, KEYS)
-    if RAGGED:
-        offs = tl.minimum(offs, M - 1 - start)  # keys past the end repeat the last, and are masked below
-    s = tl.dot(q, tl.trans(load_rows(k_ptr, offs, K_STRIDE, 0, q.shape[1], D)), input_precision="ieee")
-    if q.shape[1] < D:
-        k_tail = load_rows(k_ptr, offs, K_STRIDE, q.shape[1], q_tail.shape[1], D)
-        s = tl.dot(q_tail, tl.trans(k_tail), s, input_precision="ieee")
-    if MASK is not None:
-        mask = tl.load(mask_ptrs[:, None] + (start + offs)[None, :] * MASK_KEY_STRIDE)
-        if MASK == "boolean":
-            s = tl.where(mask != 0, s, float("-inf"))
-        else:
-            # Rounded to q's dtype, as in the reference. The lowest fp32 must stay finite in units of log2: it is no -inf.
-            mask = mask.to(q.dtype).to(tl.float32)
-            s = s * LOG2_SCALE + tl.maximum(mask, -2e38) * 1.4426950408889634
-            s = tl.where(mask == float("-inf"), mask, s)
-    keys = start + tl.arange(0, KEYS)
-    if RAGGED:
-        s = tl.where(keys[None, :] < M, s, float("-inf"))
-    if CAUSAL:
-        s = tl.where(keys[None, :] <= rows[:, None], s, float("-inf"))
-    return s
+def tiles(config: Config, keys: int) -> tuple[int, int]:
+    """How many tiles of block_n keys are kept in registers, and the keys of the last, smaller one; (0, 0) tile by tile."""
+    if not config.one_pass:
+        return 0, 0
+    if 0 < keys % config.block_n <= config.tail_n:
+        return keys // config.block_n, config.tail_n
+    return triton.cdiv(keys, config.block_n), 0
 
 
-@triton.jit
-def finite(top, MASK: tl.constexpr):
-    """A row that may attend nowhere has the largest score -inf, and -inf - -inf is NaN: 0 instead."""
-    return top if MASK is None else tl.where(top == float("-inf"), 0.0, top)
-
-
-@triton.jit
-def add_values(
-    total,  # [BLOCK_M, V_MAIN]
-    total_tail,  # [BLOCK_M, D_TAIL], if D > D_MAIN
-    p,  # [BLOCK_M, KEYS], 0 for keys past the end
-    v_ptr,  # [M - start, D]: the tile's keys first
-    start,
-    M,
-    V_STRIDE: tl.constexpr,
-    D: tl.constexpr,
-    D_MAIN: tl.constexpr,
-    RAGGED: tl.constexpr,
-):
-    """total + p·v."""
-    offs = tl.arange(0, p.shape[1])
-    if RAGGED:
-        offs = tl.minimum(offs, M - 1 - start)
-    p = p.to(v_ptr.dtype.element_ty)
-    total = tl.dot(p, load_rows(v_ptr, offs, V_STRIDE, 0, total.shape[1], D), total, input_precision="ieee")
-    if D > D_MAIN:
-        v_tail = load_rows(v_ptr, offs, V_STRIDE, D_MAIN, total_tail.shape[1], D)
-        total_tail = tl.dot(p, v_tail, total_tail, input_precision="ieee")
-    return total, total_tail
-
-
-@triton.jit
-def advance(
-    total,
-    total_tail,
-    top,  # [BLOCK_M] largest score so far, in units of log2
-    norm,  # [BLOCK_M] sum of exp2(score - top) so far
-    s,  # [BLOCK_M, KEYS] scores of the tile
-    v_ptr,
-    start,
-    M,
-    V_STRIDE: tl.constexpr,
-    D: tl.constexpr,
-    D_MAIN: tl.constexpr,
-    MASK: tl.constexpr,
-    UNIT: tl.constexpr,
-    RAGGED: tl.constexpr,
-):
-    """One tile of the online softmax (Milakov & Gimelshein 2018, arXiv 1805.02867)."""
-    new_top = tl.maximum(top, tl.max(s, 1) * UNIT)
-    base = finite(new_top, MASK)
-    fade = tl.exp2(top - base)
-    p = tl.exp2(s * UNIT - base[:, None])
-    norm = norm * fade + tl.sum(p, 1)
-    total *= fade[:, None]
-    if D > D_MAIN:
-        total_tail *= fade[:, None]
-    total, total_tail = add_values(total, total_tail, p, v_ptr, start, M, V_STRIDE, D, D_MAIN, RAGGED)
-    return total, total_tail, new_top, norm
+def shared_bytes(config: Config, width: int, itemsize: int = 2, masked: bool = False) -> int:
+    """What a config takes at most: the queries, then each stage's keys and values; in one pass, one tile of either at a time.
+    A mask is counted in fp32, and comes a stage later than the keys."""
+    columns = sum(split(width))
+    stages = columns if config.one_pass else config.num_stages * (columns + (config.value_columns or columns))
+    mask = 4 * config.block_m * config.block_n * max(1, config.num_stages - 1) if masked else 0
+    return itemsize * (config.block_m * columns + config.block_n * stages) + mask + 1024
 
 
 # fmt: off
@@ -203,7 +155,7 @@ def attention_kernel(
     k_ptr,  # [B, M, N, D]
     v_ptr,  # [B, M, N, D]
     mask_ptr,  # [B, N, L, M] of any strides, if MASK
-    out_ptr,  # [B, L, N, D]
+    out_ptr,  # [B, L, N, HEAD_DIM]
     L, M,
     q_batch_stride, k_batch_stride, v_batch_stride, out_batch_stride,
     mask_batch_stride, mask_head_stride, mask_row_stride,
@@ -211,11 +163,12 @@ def attention_kernel(
     Q_HEAD_STRIDE: tl.constexpr, K_HEAD_STRIDE: tl.constexpr, V_HEAD_STRIDE: tl.constexpr, OUT_HEAD_STRIDE: tl.constexpr,
     MASK_KEY_STRIDE: tl.constexpr,
     MASK: tl.constexpr,  # None, "boolean" (uint8) or "additive"
-    LOG2_SCALE: tl.constexpr,  # log2(e) / sqrt(D)
+    LOG2_SCALE: tl.constexpr,  # log2(e) / sqrt(HEAD_DIM)
     CAUSAL: tl.constexpr,
     RAGGED: tl.constexpr,  # the last tile of keys is not full
-    ONE_PASS: tl.constexpr,
+    TILES: tl.constexpr,  # of BLOCK_N keys, all in registers, and then one of TAIL_N; 0: tile by tile
     D: tl.constexpr, D_MAIN: tl.constexpr, D_TAIL: tl.constexpr,
+    HEAD_DIM: tl.constexpr,  # q, k and v are 0 in the columns from here to D
     V_PARTS: tl.constexpr,  # programs that share the columns of v
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL_N: tl.constexpr,
 ):
@@ -246,28 +199,11 @@ def attention_kernel(
         q_tail = load_rows(q_ptr, q_offs, Q_STRIDE, D_MAIN, D_TAIL, D)
         total_tail = tl.zeros((BLOCK_M, D_TAIL), tl.float32)
 
-    if ONE_PASS:
-        LAST: tl.constexpr = RAGGED and TAIL_N == 0
-        s = scores(
-            q, q_tail, k_ptr, mask_ptrs, rows, 0, M,
-            K_STRIDE, D, MASK, MASK_KEY_STRIDE, LOG2_SCALE, LAST, CAUSAL, BLOCK_N,
+    if TILES > 0:
+        total, total_tail, norm = at_once(
+            q, q_tail, total, total_tail, k_ptr, v_ptr, mask_ptrs, rows, M,
+            K_STRIDE, V_STRIDE, D, D_MAIN, MASK, MASK_KEY_STRIDE, LOG2_SCALE, UNIT, RAGGED, CAUSAL, BLOCK_N, TILES, TAIL_N,
         )
-        top = tl.max(s, 1) * UNIT
-        if TAIL_N > 0:
-            s_tail = scores(
-                q, q_tail, k_ptr + BLOCK_N * K_STRIDE, mask_ptrs, rows, BLOCK_N, M,
-                K_STRIDE, D, MASK, MASK_KEY_STRIDE, LOG2_SCALE, RAGGED, CAUSAL, TAIL_N,
-            )
-            top = tl.maximum(top, tl.max(s_tail, 1) * UNIT)
-        top = finite(top, MASK)
-        p = tl.exp2(s * UNIT - top[:, None])
-        norm = tl.sum(p, 1)
-        total, total_tail = add_values(total, total_tail, p, v_ptr, 0, M, V_STRIDE, D, D_MAIN, LAST)
-        if TAIL_N > 0:
-            p = tl.exp2(s_tail * UNIT - top[:, None])
-            norm += tl.sum(p, 1)
-            v_ptr += BLOCK_N * V_STRIDE
-            total, total_tail = add_values(total, total_tail, p, v_ptr, BLOCK_N, M, V_STRIDE, D, D_MAIN, RAGGED)
     else:
         top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         norm = tl.zeros((BLOCK_M,), tl.float32)
@@ -300,9 +236,9 @@ def attention_kernel(
 
     if MASK is not None:
         norm = tl.where(norm == 0.0, 1.0, norm)  # attended nowhere: 0 / 1
-    store_rows(out_ptr, total / norm[:, None], offs, left, OUT_STRIDE, 0, D)
+    store_rows(out_ptr, total / norm[:, None], offs, left, OUT_STRIDE, 0, HEAD_DIM - part * V_MAIN)
     if D_TAIL > 0:
-        store_rows(out_ptr, total_tail / norm[:, None], offs, left, OUT_STRIDE, D_MAIN, D)
+        store_rows(out_ptr, total_tail / norm[:, None], offs, left, OUT_STRIDE, D_MAIN, HEAD_DIM)
 # fmt: on
 
 
@@ -315,13 +251,19 @@ def plan_attention(
     out: Tensor,
     config: Config | None = None,
     shared: int | None = None,
+    head_dim: int | None = None,
 ) -> list[Launch]:
-    """The launch of `attention` into out [B, L, N, D]. shared: bytes of shared memory a program may have, by default the
-    device's, or the least of all GPUs' for tensors that are on none."""
-    batch, length, heads, head_dim = q.shape
+    """The launch of `attention` into out [B, L, N, head_dim]. shared: bytes of shared memory a program may have, by default the
+    device's, or the least of all GPUs' for tensors that are on none. ValueError for value_columns that do not divide D."""
+    batch, length, heads, width = q.shape
     keys = k.shape[1]
-    config = config or choose_config(length, keys, head_dim, q.dtype, shared or _shared(q.device))
-    main, tail = split(head_dim)
+    head_dim = width if head_dim is None else head_dim
+    if config is None:
+        config = choose_config(length, keys, width, q.dtype, shared or _shared(q.device), mask is not None, causal)
+    main, tail = split(width)
+    if config.value_columns and (tail or main % config.value_columns):
+        raise ValueError(f"value_columns {config.value_columns} do not divide a head of {width} columns")
+    full, tail_n = tiles(config, keys)
     parts = main // (config.value_columns or main)
     tensors = {"q": q, "k": k, "v": v, "out": out}
     mask_strides: tuple[int, ...] = (0, 0, 0, 0)
@@ -351,15 +293,16 @@ def plan_attention(
                 "MASK": kind,
                 "LOG2_SCALE": LOG2E / math.sqrt(head_dim),
                 "CAUSAL": causal,
-                "RAGGED": keys % config.block_n != 0,
-                "ONE_PASS": config.one_pass,
-                "D": head_dim,
+                "RAGGED": keys != full * config.block_n + tail_n if config.one_pass else keys % config.block_n != 0,
+                "TILES": full,
+                "D": width,
                 "D_MAIN": main,
                 "D_TAIL": tail,
+                "HEAD_DIM": head_dim,
                 "V_PARTS": parts,
                 "BLOCK_M": config.block_m,
                 "BLOCK_N": config.block_n,
-                "TAIL_N": config.tail_n,
+                "TAIL_N": tail_n,
             },
             config.num_warps,
             config.num_stages,
@@ -374,22 +317,26 @@ def attention(
     mask: Tensor | None = None,
     causal: bool = False,
     out: Tensor | None = None,
+    head_dim: int | None = None,
+    config: Config | None = None,
 ) -> Tensor:
-    """softmax(q·kᵀ/√D + mask)·v a head. q [B, L, N, D], k v [B, M, N, D] → [B, L, N, D]; D in 8 … 160, or 512.
+    """softmax(q·kᵀ/√head_dim + mask)·v a head. q [B, L, N, D], k v [B, M, N, D] → [B, L, N, head_dim]; D in 8 … 160, or 512.
 
+    head_dim, by default D, may be less where q, k and v are 0 from that column on: 40 stored as 48 needs no masked loads.
     mask, broadcastable to [B, N, L, M], is boolean (True: attend) or additive. A row that may attend nowhere gives 0.
-    Any strides but the last axis', which must be 1. ValueError for what the kernel does not serve.
+    Any strides but the last axis', which must be 1. config overrides choose_config's. ValueError for what is not served.
     """
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-    _check_tensors({"q": q, "k": k, "v": v, "out": out})
+    head_dim = q.shape[-1] if head_dim is None else head_dim
+    out = torch.empty((*q.shape[:3], head_dim), dtype=q.dtype, device=q.device) if out is None else out
+    _check_tensors({"q": q, "k": k, "v": v, "out": out}, head_dim)
     if mask is not None:
         _check_mask(mask, q, k, causal)
-    for launch in plan_attention(q, k, v, mask, causal, out):
+    for launch in plan_attention(q, k, v, mask, causal, out, config, head_dim=head_dim):
         launch.run()
     return out
 
 
-def _check_tensors(tensors: dict[str, Tensor]) -> None:
+def _check_tensors(tensors: dict[str, Tensor], head_dim: int) -> None:
     q, k = tensors["q"], tensors["k"]
     if q.dtype not in FLOATS or any(tensor.dtype != q.dtype for tensor in tensors.values()):
         raise ValueError(
@@ -403,17 +350,19 @@ def _check_tensors(tensors: dict[str, Tensor]) -> None:
         raise ValueError("Triton's interpreter cannot multiply bf16 matrices")
     if any(tensor.ndim != 4 for tensor in tensors.values()):
         raise ValueError("q, k, v and out must have 4 axes: [batch, tokens, heads, head dim]")
-    batch, _, heads, head_dim = q.shape
+    batch, length, heads, width = q.shape
+    if not (8 <= width <= 160 or width == 512):
+        raise ValueError(f"head dim {width} is not served: only 8 to 160, and 512")
+    if not 8 <= head_dim <= width:
+        raise ValueError(f"head_dim {head_dim} must be from 8 to the {width} columns of q")
     for name, tensor in tensors.items():
-        shape = (batch, k.shape[1] if name in ("k", "v") else q.shape[1], heads, head_dim)
+        shape = (batch, k.shape[1] if name in ("k", "v") else length, heads, head_dim if name == "out" else width)
         if tensor.shape != shape:
             raise ValueError(f"{name} is {list(tensor.shape)}, but beside q and k it must be {list(shape)}")
         if not tensor.numel():
             raise ValueError(f"{name} has no elements")
         if tensor.stride(3) != 1:
             raise ValueError(f"the last axis of {name} must be contiguous; its stride is {tensor.stride(3)}")
-    if not (8 <= head_dim <= 160 or head_dim == 512):
-        raise ValueError(f"head dim {head_dim} is not served: only 8 to 160, and 512")
     if batch > 65535 or heads > 65535:
         raise ValueError(f"batch {batch} or heads {heads} is above 65535, the largest CUDA grid")
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsd.kernels.gemm import Config, accumulate, check, tile_of
+from fastsd.kernels.gemm import Config, accumulate, check, fitting, tile_of
 from fastsd.kernels.launch import Launch, arch_of
 from fastsd.kernels.packing import PackedWeights
 
@@ -31,6 +31,17 @@ def choose_config(m: int, n: int, dtype: torch.dtype, arch: int) -> Config:
     if m <= 128:
         return Config(64, 128, depth, 4, 3)
     return Config(128, 128, depth, 8, 3) if m <= 2048 or arch != 90 else Config(128, 256, depth, 8, 3)
+
+
+def candidates(m: int, n: int, dtype: torch.dtype, arch: int) -> list[Config]:
+    """What a tuner should time, `choose_config`'s pick first; see `gemm.candidates`."""
+    first = choose_config(m, n, dtype, arch)
+    if dtype == torch.float32:
+        return [first]
+    tiles = [(128, 128, 8), (128, 64, 4), (64, 128, 4), (64, 64, 4), (256, 64, 8), (64, 256, 8)]
+    tiles += [(128, 256, 8)] if arch == 90 else []
+    configs = [Config(bm, bn, first.block_k, warps, stages) for stages in (3, 4) for bm, bn, warps in tiles]
+    return fitting([first, *configs], m, n, dtype, arch)
 
 
 @triton.jit
@@ -77,7 +88,7 @@ def plan_geglu(x: Tensor, w: Tensor, b: Tensor, out: Tensor, arch: int, config: 
     ]
 
 
-def geglu(x: Tensor, w: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+def geglu(x: Tensor, w: Tensor, b: Tensor, out: Tensor | None = None, config: Config | None = None) -> Tensor:
     """value · gelu_erf(gate). x [..., K], w [2N, K] and b [2N] as in the checkpoint → [..., N].
 
     ValueError for what the kernel does not serve: other dtypes, tensors that are not contiguous, no elements, an odd 2N.
@@ -89,7 +100,7 @@ def geglu(x: Tensor, w: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     out = torch.empty(shape, dtype=x.dtype, device=x.device) if out is None else out
     if out.shape != shape or out.dtype != x.dtype or not out.is_contiguous():
         raise ValueError(f"out must be contiguous {list(shape)} of {x.dtype}")
-    for launch in plan_geglu(x, _packed.get(w), _packed.get(b), out, arch_of(x.device)):
+    for launch in plan_geglu(x, _packed.get(w), _packed.get(b), out, arch_of(x.device), config):
         launch.run()
     return out
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsd.kernels.launch import FLOATS, Launch, arch_of
+from fastsd.kernels.launch import FLOATS, Launch, arch_of, shared_memory
 
 ACTIVATIONS = (None, "silu", "gelu", "quick_gelu")
 
@@ -24,6 +24,9 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     split_k: int = 1
+
+
+MAX_CANDIDATES = 16
 
 
 def choose_config(m: int, n: int, k: int, dtype: torch.dtype, arch: int) -> Config:
@@ -45,6 +48,49 @@ def _split(m: int, n: int, k: int, block_m: int, block_n: int) -> int:
     """Parts of K that bring the CTAs of a 132-SM GPU near one wave, each part at least 256 deep."""
     ctas = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
     return max(1, min(132 // ctas, k // 256, 16))
+
+
+def candidates(
+    m: int, n: int, k: int, dtype: torch.dtype, arch: int, residual: bool = True, activation: str | None = "gelu"
+) -> list[Config]:
+    """What a tuner should time, `choose_config`'s pick first. No tile spills: compiled ahead of time for sm_80 to sm_100.
+
+    Where 128x128 tiles leave SMs idle, K is split as well: up to two CTAs an SM, parts at least 256 deep. fp32, which no GPU
+    is asked for, has nothing to time.
+    """
+    first = choose_config(m, n, k, dtype, arch)
+    if dtype == torch.float32:
+        return [first]
+    tiles = [(128, 128, 8), (128, 64, 4), (64, 128, 4)]
+    tiles += [(64, 64, 4)] if arch in (80, 90) else []
+    if triton.cdiv(m, 128) * triton.cdiv(n, 128) >= 132:
+        tiles += [(256, 64, 8), (64, 256, 8)]
+        tiles += [(128, 256, 8)] if arch == 90 and not residual and activation is None else []
+    configs = [Config(bm, bn, first.block_k, warps, 3) for bm, bn, warps in tiles]
+    configs += [
+        config._replace(split_k=parts)
+        for config in configs
+        for parts in (2, 4, 8, 16)
+        if parts * 256 <= k and parts * triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n) <= 264
+    ]
+    configs += [config._replace(num_stages=4) for config in configs if config.split_k == 1]
+    return fitting([first, *configs], m, n, dtype, arch)
+
+
+def fitting(configs: list[Config], m: int, n: int, dtype: torch.dtype, arch: int) -> list[Config]:
+    """The first MAX_CANDIDATES different ones, without those whose stages exceed shared memory or that are wider than needed.
+
+    The first of all stays: it is the chooser's.
+    """
+    first, *others = configs
+    rows, columns = (max(64, triton.next_power_of_2(size)) for size in (m, n))
+
+    def fits(config: Config) -> bool:
+        stage = (config.block_m + config.block_n) * config.block_k * dtype.itemsize
+        small = config.block_m <= rows and config.block_n <= columns
+        return small and stage * config.num_stages <= shared_memory(arch)
+
+    return list(dict.fromkeys([first, *filter(fits, others)]))[:MAX_CANDIDATES]
 
 
 @triton.jit
@@ -158,7 +204,7 @@ def add_parts_kernel(
     inside = offs < SIZE
     y = tl.zeros((BLOCK,), dtype=tl.float32)
     for part in tl.static_range(SPLIT_K):
-        y += tl.load(parts_ptr + part * SIZE.to(tl.int64) + offs, mask=inside, other=0.0)
+        y += tl.load(parts_ptr + part * tl.cast(SIZE, tl.int64) + offs, mask=inside, other=0.0)
     if HAS_BIAS:
         y += tl.load(b_ptr + offs % N, mask=inside, other=0.0).to(tl.float32)
     y = activate(y, ACTIVATION)
@@ -215,6 +261,7 @@ def linear(
     residual: Tensor | None = None,
     activation: str | None = None,
     out: Tensor | None = None,
+    config: Config | None = None,
 ) -> Tensor:
     """activation(x·wᵀ + b) + residual. x [..., K], w [N, K], b [N], residual [..., N] → [..., N].
 
@@ -228,7 +275,7 @@ def linear(
     for name, tensor in {"residual": residual, "out": out}.items():
         if tensor is not None and (tensor.shape != shape or tensor.dtype != x.dtype or not tensor.is_contiguous()):
             raise ValueError(f"{name} must be contiguous {list(shape)} of {x.dtype}")
-    for launch in plan_linear(x, w, b, residual, activation, out, arch_of(x.device)):
+    for launch in plan_linear(x, w, b, residual, activation, out, arch_of(x.device), config):
         launch.run()
     return out
 

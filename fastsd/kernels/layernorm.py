@@ -36,6 +36,19 @@ def choose_config(rows: int, width: int) -> Config:
     return Config(block_rows, block_columns, num_warps)
 
 
+def candidates(rows: int, width: int) -> list[Config]:
+    """What a tuner should time, `choose_config`'s pick first: 1 to 16 rows a CTA, 8 to 32 elements a thread."""
+    first = choose_config(rows, width)
+    columns = first.block_columns
+    configs = [
+        Config(block_rows, columns, num_warps)
+        for block_rows in (1, 2, 4, 8, 16)
+        for num_warps in (1, 2, 4, 8)
+        if 8 <= block_rows * columns // (32 * num_warps) <= 32
+    ]
+    return list(dict.fromkeys([first, *configs]))
+
+
 @triton.jit
 def layer_norm_kernel(
     x_ptr,  # [M, C]
@@ -94,7 +107,9 @@ def plan_layer_norm(
     ]
 
 
-def layer_norm(x: Tensor, w: Tensor, b: Tensor, eps: float = 1e-5, out: Tensor | None = None) -> Tensor:
+def layer_norm(
+    x: Tensor, w: Tensor, b: Tensor, eps: float = 1e-5, out: Tensor | None = None, config: Config | None = None
+) -> Tensor:
     """Layer norm over the last axis. x [..., C], w b [C] → x's shape and dtype.
 
     ValueError for what the kernel does not serve: other dtypes, tensors that are not contiguous or on several devices, no
@@ -102,7 +117,7 @@ def layer_norm(x: Tensor, w: Tensor, b: Tensor, eps: float = 1e-5, out: Tensor |
     """
     out = torch.empty_like(x) if out is None else out
     _check(x, w, b, out)
-    for launch in plan_layer_norm(x, w, b, eps, out):
+    for launch in plan_layer_norm(x, w, b, eps, out, config):
         launch.run()
     return out
 

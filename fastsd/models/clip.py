@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsd.config import CLIPConfig
-from fastsd.models.layers import LayerNorm, Linear, module_list, split_heads
+from fastsd.models.layers import LayerNorm, Linear, module_list, project_heads
 from fastsd.ops import REFERENCE, Ops
 
 
@@ -76,8 +76,8 @@ class SelfAttention(nn.Module):
         self.out_proj = Linear(ops, width, width)
 
     def forward(self, x: Tensor, residual: Tensor, mask: Tensor | None = None) -> Tensor:  # [B, L, C]
-        q, k, v = (split_heads(project(x), self.heads) for project in (self.q_proj, self.k_proj, self.v_proj))
-        x = self.ops.attention(q, k, v, mask, causal=mask is None)  # [B, L, N, D]
+        q, k, v = project_heads(self.ops, x, (self.q_proj, self.k_proj, self.v_proj), self.heads)
+        x = self.ops.attention(q, k, v, mask, causal=mask is None, head_dim=x.shape[-1] // self.heads)  # [B, L, N, D]
         return self.out_proj(x.flatten(2), residual)
 
 

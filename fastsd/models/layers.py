@@ -3,13 +3,13 @@
 Activations are NHWC [B, H, W, C]; tokens [B, L, C] with L = H·W are a view of them.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 from typing import Generic, TypeVar, cast
 
 from torch import Tensor, nn
 
-from fastsd.ops import Activation, Ops, Pad, upsample
+from fastsd.ops import Activation, Ops, Pad, Shortcut, upsample
 
 M = TypeVar("M", bound=nn.Module)
 A = TypeVar("A", bound=nn.Module)
@@ -62,7 +62,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution with what follows it: a bias a channel and image, a residual."""
+    """A convolution with what follows it: a bias a channel and image, a residual or a shortcut."""
 
     def __init__(self, ops: Ops, in_channels: int, out_channels: int, kernel: int, pad: Pad, stride: int = 1) -> None:
         super().__init__(in_channels, out_channels, kernel, stride)
@@ -74,9 +74,11 @@ class Conv2d(nn.Conv2d):
         input: Tensor,
         channel_bias: Tensor | None = None,
         residual: Tensor | None = None,
-        skip: Tensor | None = None,
+        shortcut: Shortcut | None = None,
     ) -> Tensor:  # [B, H, W, C] → [B, H', W', O]
-        return self.ops.conv2d(input, self.weight, self.bias, self.stride[0], self.pad, channel_bias, residual, skip)
+        return self.ops.conv2d(
+            input, self.weight, self.bias, self.stride[0], self.pad, channel_bias, residual, shortcut
+        )
 
 
 def conv3x3(ops: Ops, in_channels: int, out_channels: int) -> Conv2d:
@@ -97,6 +99,7 @@ class ResBlock(nn.Module):
         self, ops: Ops, in_channels: int, out_channels: int, groups: int, eps: float, time_width: int | None = None
     ) -> None:
         super().__init__()
+        self.ops = ops
         self.norm1 = GroupNorm(ops, groups, in_channels, eps, silu=True)
         self.conv1 = conv3x3(ops, in_channels, out_channels)
         self.time_emb_proj = None if time_width is None else Linear(ops, time_width, out_channels)
@@ -106,11 +109,15 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, time_bias: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
         """x [B, H, W, C] (+ skip [B, H, W, C₂] beside it), time_bias [B, O] = time_emb_proj(SiLU(time)) → [B, H, W, O]."""
+        conv, norm = self.conv1, self.norm2
         h = self.norm1(x, skip)
-        h = self.conv1(h, channel_bias=time_bias)  # [B, H, W, O]
-        h = self.norm2(h)
-        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x, skip=skip)
-        return self.conv2(h, residual=shortcut)
+        h = self.ops.conv2d_norm(
+            h, conv.weight, conv.bias, time_bias, norm.weight, norm.bias, norm.num_groups, norm.eps
+        )  # [B, H, W, O]
+        if self.conv_shortcut is None:
+            return self.conv2(h, residual=x)
+        assert self.conv_shortcut.bias is not None
+        return self.conv2(h, shortcut=Shortcut(x, skip, self.conv_shortcut.weight, self.conv_shortcut.bias))
 
 
 class Downsample(nn.Module):
@@ -161,6 +168,7 @@ def module_list(modules: Iterable[M]) -> list[M]:
     return cast(list[M], nn.ModuleList(modules))
 
 
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """[B, L, C] → [B, L, N, D]."""
-    return x.unflatten(-1, (heads, -1))
+def project_heads(ops: Ops, x: Tensor, layers: Sequence[Linear], heads: int) -> tuple[Tensor, ...]:
+    """The linear layers of one input, their outputs in heads. x [B, L, K] → each [B, L, N, D], or as wide as `ops` stores D."""
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    return ops.project_heads(x, [layer.weight for layer in layers], biases or None, heads)

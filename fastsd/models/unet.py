@@ -24,12 +24,12 @@ from fastsd.models.layers import (
     conv1x1,
     conv3x3,
     module_list,
-    split_heads,
+    project_heads,
 )
 from fastsd.ops import REFERENCE, Ops
 
 KeyValue = tuple[Tensor, Tensor]
-"""(k, v), each [B, L, N, D]: a context as one cross-attention reads it."""
+"""(k, v), each [B, L, N, D], or as wide as the ops store D: a context as one cross-attention reads it."""
 
 
 class UNet(nn.Module):
@@ -209,8 +209,7 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(ops, channels)
 
     def forward(self, x: Tensor, context: KeyValue, context_mask: Tensor | None = None) -> Tensor:  # [B, L, C]
-        h = self.norm1(x)
-        x = self.attn1(h, self.attn1.project(h), residual=x)
+        x = self.attn1(self.norm1(x), None, residual=x)
         x = self.attn2(self.norm2(x), context, residual=x, mask=context_mask)
         return self.ff(self.norm3(x), residual=x)
 
@@ -222,18 +221,23 @@ class Attention(nn.Module):
         super().__init__()
         self.ops = ops
         self.heads = heads
+        self.head_dim = channels // heads
         self.to_q = Linear(ops, channels, channels, bias=False)
         self.to_k = Linear(ops, context_width, channels, bias=False)
         self.to_v = Linear(ops, context_width, channels, bias=False)
         self.to_out = module_list([Linear(ops, channels, channels)])
 
     def project(self, context: Tensor) -> KeyValue:
-        """Keys and values of a context [B, L, C] → each [B, L, N, D]."""
-        return split_heads(self.to_k(context), self.heads), split_heads(self.to_v(context), self.heads)
+        """Keys and values of a context [B, L, C]."""
+        key, value = project_heads(self.ops, context, (self.to_k, self.to_v), self.heads)
+        return key, value
 
-    def forward(self, x: Tensor, context: KeyValue, residual: Tensor, mask: Tensor | None = None) -> Tensor:
-        q = split_heads(self.to_q(x), self.heads)  # [B, L, N, D]
-        return self.to_out[0](self.ops.attention(q, *context, mask).flatten(2), residual)  # [B, L, C]
+    def forward(self, x: Tensor, context: KeyValue | None, residual: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x [B, L, C], attending to a projected context, or to itself → [B, L, C]."""
+        layers = (self.to_q,) if context else (self.to_q, self.to_k, self.to_v)
+        q, *own = project_heads(self.ops, x, layers, self.heads)
+        h = self.ops.attention(q, *(context or own), mask, head_dim=self.head_dim)  # [B, L, N, D]
+        return self.to_out[0](h.flatten(2), residual)
 
 
 class FeedForward(nn.Module):

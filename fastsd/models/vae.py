@@ -19,6 +19,7 @@ from fastsd.models.layers import (
     conv1x1,
     conv3x3,
     module_list,
+    project_heads,
 )
 from fastsd.ops import REFERENCE, Ops, Pad
 
@@ -159,6 +160,6 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, H, W, C]
         tokens = self.group_norm(x).flatten(1, 2)  # [B, H·W, C]
-        q, k, v = (project(tokens).unsqueeze(2) for project in (self.to_q, self.to_k, self.to_v))  # [B, H·W, 1, C]
-        h = self.ops.attention(q, k, v).flatten(2).unflatten(1, x.shape[1:3])  # [B, H, W, C]
+        q, k, v = project_heads(self.ops, tokens, (self.to_q, self.to_k, self.to_v), heads=1)  # [B, H·W, 1, C]
+        h = self.ops.attention(q, k, v, head_dim=x.shape[-1]).flatten(2).unflatten(1, x.shape[1:3])  # [B, H, W, C]
         return self.to_out[0](h, residual=x)

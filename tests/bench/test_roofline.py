@@ -16,8 +16,13 @@ def work(calls: dict[Call, int]) -> int:
 @pytest.mark.parametrize("model", MODELS)
 def test_the_unets_work_is_what_pytorch_counts_for_diffusers(model: str) -> None:
     config = MODELS[model].unet
+    blocks = {True: "CrossAttn{}Block2D", False: "{}Block2D"}
     with torch.device("meta"):
         theirs = diffusers.UNet2DConditionModel(
+            block_out_channels=config.block_out_channels,
+            down_block_types=tuple(blocks[attention].format("Down") for attention in config.down_attention),
+            up_block_types=tuple(blocks[attention].format("Up") for attention in config.up_attention),
+            transformer_layers_per_block=config.transformer_layers_per_block,
             cross_attention_dim=config.cross_attention_dim,
             attention_head_dim=config.num_attention_heads,
             use_linear_projection=config.use_linear_projection,

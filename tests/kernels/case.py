@@ -7,8 +7,8 @@ from tests.oracle import relative_l2
 from tests.tolerances import OPS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The interpreter's tl.dot gives garbage in bf16 without a word; on the GPU bf16 is tested with the real shapes.
-DTYPES = (torch.float16, torch.float32)
+# The interpreter's tl.dot gives garbage in bf16 without a word.
+DTYPES = (torch.float16, torch.float32, torch.bfloat16) if DEVICE == "cuda" else (torch.float16, torch.float32)
 CANARY = -777.0
 
 

@@ -32,7 +32,7 @@ def test_the_gates_see_what_they_should() -> None:
         "configs = {'spills': (128, 256, 64, 4, 2), 'shared memory': (128, 128, 64, 8, 9)}\n"
         "for says, config in configs.items():\n"
         "    gemm.choose_config = lambda *_: gemm.Config(*config)\n"
-        "    breach = aot.compile_job(aot.Job(call, 0, 90), 1).breach\n"
+        "    breach = aot.compile_job(aot.Job(call, 0, 90, torch.float16, None), 1).breach\n"
         "    assert breach and says in breach, (says, breach)\n"
         "slow = aot.Compiled(90, 'linear_kernel', '', 100, 0, 1000, 0, 1)\n"
         "assert 'HGMMA' in slow.breach\n"

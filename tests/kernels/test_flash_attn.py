@@ -1,5 +1,7 @@
 """Flash attention against the fp64 truth on the quantised inputs, on shapes chosen for their edges."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastsd import ops
-from fastsd.kernels.flash_attn import Config, attention, choose_config, plan_attention, shared_bytes, split
+from fastsd.kernels.flash_attn import (
+    Config,
+    attention,
+    candidates,
+    choose_config,
+    in_one_pass,
+    plan_attention,
+    shared_bytes,
+    split,
+    tiles,
+)
 from tests.tolerances import OPS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -45,6 +57,12 @@ def surrounded(q: Tensor) -> tuple[Tensor, Tensor]:
     return buffer, buffer[1:-1, 1:-1, 1:-1, 8:-8]
 
 
+def padded(case: Case, width: int) -> Case:
+    """The same heads, stored in `width` columns."""
+    q, k, v = (torch.nn.functional.pad(tensor, (0, width - tensor.shape[-1])) for tensor in case)
+    return q, k, v
+
+
 def check(
     q: Tensor,
     k: Tensor,
@@ -52,14 +70,12 @@ def check(
     mask: Tensor | None = None,
     causal: bool = False,
     config: Config | None = None,
+    head_dim: int | None = None,
 ) -> Tensor:
     """Within the gates, every element written, none beside; config overrides the launcher's own choice."""
-    buffer, out = surrounded(q)
-    if config is None:
-        attention(q, k, v, mask, causal, out=out)
-    else:
-        for launch in plan_attention(q, k, v, mask, causal, out, config):
-            launch.run()
+    buffer, out = surrounded(q[..., :head_dim])
+    attention(q, k, v, mask, causal, out, head_dim, config)
+    q, k, v = (tensor[..., :head_dim] for tensor in (q, k, v))
     assert out.isfinite().all(), f"{(~out.isfinite()).sum()} of {out.numel()} values not written, or not finite"
     assert buffer.isfinite().sum() == out.numel(), "written beside the output"
     true = truth(q, k, v, mask, causal)
@@ -104,6 +120,38 @@ def test_parity(length: int, keys: int, heads: int, dim: int, dtype: torch.dtype
 @pytest.mark.parametrize("causal", [False, True])
 def test_every_way_through_the_kernel(config: Config, dtype: torch.dtype, causal: bool) -> None:
     check(*inputs(50, 77, 1, 40, dtype), causal=causal, config=config)
+
+
+@pytest.mark.parametrize(
+    ("length", "keys", "dim", "width", "causal"),
+    [
+        (64, 64, 40, 48, False),  # SD 1.x as its packed QKV projection stores it: 32 + 16, no masked loads
+        (35, 77, 40, 48, False),
+        (33, 300, 40, 48, True),  # tile by tile
+        (35, 77, 24, 48, False),  # the head ends in the main part: of the tail nothing is stored
+        (17, 40, 72, 77, False),  # a stored width that is itself loaded under a mask
+        (20, 35, 300, 512, False),  # it ends in the second program's columns
+        (20, 35, 120, 512, False),  # the second program stores nothing
+    ],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_head_stored_wider(length: int, keys: int, dim: int, width: int, causal: bool, dtype: torch.dtype) -> None:
+    case = padded(inputs(length, keys, 2, dim, dtype), width)
+    out = check(*case, causal=causal, head_dim=dim)
+    own = attention(*case, causal=causal, head_dim=dim)
+    assert own.is_contiguous()
+    assert torch.equal(own, out)
+
+
+@pytest.mark.parametrize("keys", [154, 231, 308])
+@pytest.mark.parametrize(("dim", "width"), [(40, 48), (64, 64), (80, 80), (160, 160)])
+def test_long_prompts(dim: int, width: int, keys: int) -> None:
+    case = padded(inputs(37, keys, 1, dim, torch.float16), width)
+    config = choose_config(37, keys, width, torch.float16, SHARED[90])
+    assert config.one_pass == (keys <= 240)
+    check(*case, config=config, head_dim=dim)
+    if keys == 308:
+        check(*case, config=in_one_pass(64, 32, keys), head_dim=dim)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -174,6 +222,9 @@ def test_views_of_a_fused_projection(dtype: torch.dtype) -> None:
     heads_first = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
     check(*heads_first)
     check(q, k[:, :1].expand(-1, 20, -1, -1), v[:, :20])  # a token's stride is 0
+    wide = torch.nn.functional.pad(fused, (0, 8))  # as the packed projection writes it: heads of 48 columns
+    check(*wide.unbind(2), head_dim=40)
+    check(*wide.unbind(2), causal=True, config=Config(32, 16, 4, 1), head_dim=40)
 
 
 def test_last_axis_with_a_stride_is_refused() -> None:
@@ -199,6 +250,14 @@ def test_last_axis_with_a_stride_is_refused() -> None:
         (lambda q, k, v: (q, k, v, torch.ones(1, 1, 1, 16, 16, device=DEVICE)), "does not broadcast"),
         (lambda q, k, v: (q, k, v, torch.ones(16, 16, dtype=torch.int32, device=DEVICE)), "mask must be"),
         (lambda q, k, v: (q, k, v, torch.ones(16, 16, device=DEVICE), True), "exclude each other"),
+        (lambda q, k, v: (q, k, v, None, False, None, 17), "head_dim 17 must be from 8 to the 16 columns"),
+        (lambda q, k, v: (q, k, v, None, False, None, 0), "head_dim 0"),
+        (lambda q, k, v: (q, k, v, None, False, torch.empty_like(q), 12), "out is"),
+        (lambda q, k, v: (q, k, v, None, False, q[..., :12].clone()), "out is"),
+        (
+            lambda q, k, v: (q, k, v, None, False, None, None, Config(16, 16, 4, 1, value_columns=12)),
+            "value_columns 12",
+        ),
     ],
 )
 def test_what_is_not_served_is_refused(change, message: str) -> None:
@@ -212,19 +271,25 @@ def test_interpreter_refuses_bf16() -> None:
         attention(*inputs(16, 16, 1, 16, torch.bfloat16))
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=16, deadline=None, derandomize=True)
 @given(
     length=st.integers(1, 66),
-    keys=st.integers(1, 170),
+    keys=st.integers(1, 320),
     heads=st.integers(1, 2),
     dim=st.integers(8, 160),
+    pad=st.sampled_from([0, 1, 8, 32]),
     kind=st.sampled_from(["plain", "causal", "boolean", "additive"]),
     half=st.booleans(),
+    pick=st.integers(0, 11),
 )
-def test_any_shape(length: int, keys: int, heads: int, dim: int, kind: str, half: bool) -> None:
-    case = inputs(length, keys, heads, dim, torch.float16 if half else torch.float32)
+def test_any_shape(length: int, keys: int, heads: int, dim: int, pad: int, kind: str, half: bool, pick: int) -> None:
+    dtype = torch.float16 if half else torch.float32
+    width = min(dim + pad, 160)
     noise = torch.randn(heads, length, keys, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    check(*case, {"boolean": noise > 0, "additive": noise}.get(kind), kind == "causal")
+    mask = {"boolean": noise > 0, "additive": noise}.get(kind)
+    configs = candidates(length, keys, width, dtype, SHARED[86])
+    config = configs[pick] if pick < len(configs) else None
+    check(*padded(inputs(length, keys, heads, dim, dtype), width), mask, kind == "causal", config, dim)
 
 
 def test_same_bits_every_time() -> None:
@@ -241,14 +306,52 @@ def test_split(width: int, parts: tuple[int, int]) -> None:
     assert split(width) == parts
 
 
+@pytest.mark.parametrize(
+    ("config", "keys", "held"),
+    [
+        (in_one_pass(128, 128, 77), 77, (1, 16)),
+        (in_one_pass(128, 128, 128), 128, (1, 0)),
+        (in_one_pass(128, 128, 154), 154, (1, 32)),
+        (in_one_pass(128, 64, 231), 231, (4, 0)),
+        (in_one_pass(64, 32, 231), 231, (7, 16)),
+        (in_one_pass(64, 32, 1), 1, (1, 0)),
+        (Config(64, 64, 4, 1, 16, one_pass=True), 128, (2, 0)),  # nothing is left for the last tile
+        (Config(64, 64, 4, 1, 16, one_pass=True), 100, (2, 0)),  # too much is
+        (Config(64, 64, 4, 2), 77, (0, 0)),
+    ],
+)
+def test_tiles(config: Config, keys: int, held: tuple[int, int]) -> None:
+    assert tiles(config, keys) == held
+
+
+LENGTHS = (1, 64, 77, 256, 257, 4096)
+KEYS = (1, 64, 77, 154, 160, 161, 231, 240, 241, 257, 308, 4096)
+
+
 @pytest.mark.parametrize("arch", SHARED)
-@pytest.mark.parametrize("dim", [8, 40, 64, 80, 96, 160, 512])
-def test_some_config_fits_every_gpu(dim: int, arch: int) -> None:
-    for length in (1, 64, 77, 256, 257, 4096):
-        for keys in (1, 64, 77, 154, 160, 161, 231, 256, 257, 4096):
-            config = choose_config(length, keys, dim, torch.float16, SHARED[arch])
-            assert shared_bytes(config, dim) <= SHARED[arch]
-            assert not config.one_pass or config.block_n + config.tail_n >= keys, "one pass must hold every key"
+@pytest.mark.parametrize("dim", [8, 40, 48, 64, 80, 96, 160, 512])
+@pytest.mark.parametrize("masked", [False, True])
+def test_some_config_fits_every_gpu(dim: int, arch: int, masked: bool) -> None:
+    for length, keys in itertools.product(LENGTHS, KEYS):
+        config = choose_config(length, keys, dim, torch.float16, SHARED[arch], masked)
+        assert shared_bytes(config, dim, masked=masked) <= SHARED[arch]
+        full, tail = tiles(config, keys)
+        if config.one_pass:
+            assert full * config.block_n - config.block_n < keys <= full * config.block_n + tail
+            assert full * config.block_n < keys or not tail, "a tile without a key"
+        elif keys <= 240 and dim <= 80 and not masked:
+            pytest.fail(f"{keys} keys of {dim} columns are not one pass")
+
+
+@pytest.mark.parametrize("arch", SHARED)
+@pytest.mark.parametrize("dim", [8, 40, 48, 64, 80, 96, 160, 512])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_candidates(dim: int, arch: int, dtype: torch.dtype) -> None:
+    for length, keys in itertools.product(LENGTHS, KEYS):
+        configs = candidates(length, keys, dim, dtype, SHARED[arch])
+        assert configs[0] == choose_config(length, keys, dim, dtype, SHARED[arch])
+        assert 1 <= len(set(configs)) == len(configs) <= 12
+        assert all(shared_bytes(config, dim, dtype.itemsize) <= SHARED[arch] for config in configs)
 
 
 def test_plan_needs_no_data() -> None:
