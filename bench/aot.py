@@ -26,7 +26,8 @@ import triton
 
 from bench import record
 from bench.shapes import MODELS, Call, trace
-from fastsd.kernels import conv2d, conv2d_norm, flash_attn, geglu, gemm, groupnorm_silu, heads, layernorm
+from fastsd.kernels import conv2d, conv2d_norm, flash_attn, geglu, gemm, groupnorm_silu, layernorm, sampler_step
+from fastsd.kernels.heads import pack as pack_heads
 from fastsd.kernels.launch import SHARED_MEMORY, TYPE_NAMES, Launch
 
 NATIVE = {"sd15": 512, "sd21": 768, "sdxl": 1024}
@@ -72,15 +73,17 @@ class Compiled:
 
 
 def plan(call: Call, arch: int, dtype: torch.dtype, mask: str | None = None) -> list[Launch]:
-    """The launches of one call; none of a sampler's step, which no net calls."""
-    arguments, options = call.meta(dtype)
+    """The launches of one call."""
+    arguments = call.empty(dtype)
     if mask is not None:
-        size = (call.result[0], 1, 1, call.named()["k"][1])
-        options["mask"] = torch.empty(size, dtype=torch.bool if mask == "boolean" else dtype, device="meta")
+        size = (call.result[0], 1, 1, arguments["k"].shape[1])
+        arguments["mask"] = torch.empty(size, dtype=torch.bool if mask == "boolean" else dtype, device="meta")
     if call.op == "project_heads":
-        return plan_project_heads(arch, *arguments)
+        return plan_project_heads(arch, **arguments)
+    if call.op == "sampler_step":
+        return plan_sampler_step(**arguments)
     out = torch.empty(call.result, dtype=dtype, device="meta")
-    return PLANS[call.op](arch, out, *arguments, **options)
+    return PLANS[call.op](arch, out, **arguments)
 
 
 def plan_linear(
@@ -89,9 +92,9 @@ def plan_linear(
     return gemm.plan_linear(x, w, b, residual, activation, out, arch)
 
 
-def plan_project_heads(arch: int, x: Any, weights: Any, biases: Any = None, count: int = 1) -> list[Launch]:
-    w = heads.pack(count, *weights)
-    b = None if biases is None else heads.pack(count, *biases)
+def plan_project_heads(arch: int, x: Any, weights: Any, heads: int, biases: Any = None) -> list[Launch]:
+    w = pack_heads(heads, *weights)
+    b = None if biases is None else pack_heads(heads, *biases)
     out = torch.empty((*x.shape[:-1], w.shape[0]), dtype=x.dtype, device="meta")
     return gemm.plan_linear(x, w, b, None, None, out, arch)
 
@@ -109,19 +112,19 @@ def plan_group_norm(
 
 
 def plan_conv2d(
-    arch: int,
-    out: Any,
-    x: Any,
-    w: Any,
-    b: Any = None,
-    stride: int = 1,
-    pad: Any = (0, 0, 0, 0),
-    *epilogue: Any,
-    **more: Any,
+    arch: int, out: Any, x: Any, w: Any, b: Any = None, stride: int = 1, pad: Any = (0, 0, 0, 0), **epilogue: Any
 ) -> list[Launch]:
-    names = ("channel_bias", "residual", "shortcut")
-    added = conv2d.Epilogue(b, **dict(zip(names, epilogue, strict=False)) | more)
-    return conv2d.plan_conv2d(x, conv2d.pack(w), stride, pad, added, out, arch)
+    return conv2d.plan_conv2d(x, conv2d.pack(w), stride, pad, conv2d.Epilogue(b, **epilogue), out, arch)
+
+
+def plan_conv2d_norm(arch: int, out: Any, x: Any, w: Any, channel_bias: Any = None, **rest: Any) -> list[Launch]:
+    return conv2d_norm.plan_conv2d_norm(x, conv2d.pack(w), channel_bias=channel_bias, **rest, out=out, arch=arch)
+
+
+def plan_sampler_step(state: Any, out: Any, noise: Any, row: Any) -> list[Launch]:
+    step = torch.empty(1, dtype=torch.int32, device="meta")
+    new = torch.empty_like(state)
+    return sampler_step.plan_sampler_step(state, out, noise, row.update[None], row.guidance, step, new)
 
 
 PLANS: dict[str, Callable[..., list[Launch]]] = {
@@ -131,7 +134,7 @@ PLANS: dict[str, Callable[..., list[Launch]]] = {
     "layer_norm": lambda arch, out, x, w, b, eps: layernorm.plan_layer_norm(x, w, b, eps, out),
     "group_norm": plan_group_norm,
     "conv2d": plan_conv2d,
-    "conv2d_norm": lambda arch, out, x, w, *rest: conv2d_norm.plan_conv2d_norm(x, conv2d.pack(w), *rest, out, arch),
+    "conv2d_norm": plan_conv2d_norm,
     "upsample_conv2d": lambda arch, out, x, w, b, size=None: conv2d.plan_upsample_conv2d(
         x, conv2d.pack_phases(w), b, out, arch
     ),

@@ -9,7 +9,8 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from bench.shapes import Call, replaced
-from fastsd.kernels import conv2d, conv2d_norm, flash_attn, geglu, gemm, groupnorm_silu, heads, layernorm
+from fastsd import backends
+from fastsd.kernels import conv2d, conv2d_norm, flash_attn, geglu, gemm, groupnorm_silu, heads, layernorm, sampler_step
 from fastsd.kernels.heads import stored_width
 from fastsd.kernels.launch import shared_memory
 from fastsd.ops import REFERENCE
@@ -93,6 +94,11 @@ KERNELS = {
         gemm.Config,
         lambda arch, x, w, b, size=None: conv2d.candidates(rows(x), *w.shape[:2], 4, 4, x.dtype, arch),
     ),
+    "sampler_step": Kernel(
+        backends.sampler_step,
+        sampler_step.Config,
+        lambda arch, state, **rest: sampler_step.candidates(state[0, 0].numel()),
+    ),
 }
 
 
@@ -100,17 +106,17 @@ def draw(call: Call, dtype: torch.dtype, device: torch.device) -> dict[str, Any]
     """Random arguments by name, the same for the same call: activations of unit size, weights that keep them there."""
     generator = torch.Generator(device).manual_seed(0)
 
-    def drawn(name: str, value: Any) -> Any:
+    def drawn(argument: str, name: str, value: Any) -> Any:
         if isinstance(value, torch.Size):
             x = torch.randn(value, generator=generator, device=device)
             if name in ("w", "weights", "norm_w"):
                 x = 1 + 0.1 * x if len(value) == 1 else x * value[1:].numel() ** -0.5
-            return x.to(dtype)
+            return x.to(call.dtype_of(argument, dtype))
         if hasattr(value, "_fields"):
-            return type(value)(**{key: drawn(key, item) for key, item in value._asdict().items()})
-        return tuple(drawn(name, item) for item in value) if isinstance(value, tuple) else value
+            return type(value)(**{key: drawn(argument, key, item) for key, item in value._asdict().items()})
+        return tuple(drawn(argument, name, item) for item in value) if isinstance(value, tuple) else value
 
-    arguments = {name: drawn(name, value) for name, value in call.named().items()}
+    arguments = {name: drawn(name, name, value) for name, value in call.named().items()}
     if call.op == "attention":
         for name in ("q", "k", "v"):  # as heads are stored
             arguments[name][..., arguments.get("head_dim", arguments[name].shape[-1]) :] = 0

@@ -31,7 +31,7 @@ from triton.testing import do_bench_cudagraph
 from bench import record
 from bench.kernel_calls import BUILD_ERRORS, KERNELS, draw, fault, library, truth_of
 from bench.roofline import GPUS, floor, shape_of
-from bench.shapes import MODELS, Call, replaced, trace
+from bench.shapes import MODELS, Call, trace
 from fastsd.kernels import tuned
 from fastsd.kernels.launch import Launch, arch_of
 from fastsd.ops import Ops
@@ -120,10 +120,7 @@ def _compile_only() -> None:
 def warm(calls: list[Call], config: Any, dtype: torch.dtype, device: torch.device) -> None:
     """Compile a config for calls of one op; what the compiler refuses is told when it is timed."""
     for call in calls:
-        arguments = {
-            name: replaced(value, torch.Size, partial(torch.empty, dtype=dtype, device=device))
-            for name, value in call.named().items()
-        }
+        arguments = call.empty(dtype, device)
         try:
             KERNELS[call.op].run(**arguments, config=config)
         except BUILD_ERRORS:
@@ -131,8 +128,7 @@ def warm(calls: list[Call], config: Any, dtype: torch.dtype, device: torch.devic
 
 
 def candidates(call: Call, setting: Setting) -> list[Any]:
-    meta = partial(torch.empty, dtype=setting.dtype, device="meta")
-    arguments = {name: replaced(value, torch.Size, meta) for name, value in call.named().items()}
+    arguments = call.empty(setting.dtype)
     return KERNELS[call.op].candidates(setting.arch, **arguments)
 
 
@@ -180,8 +176,8 @@ def tune(calls: Iterable[Call], setting: Setting, workers: int) -> None:
     problems: dict[str, dict[tuned.Problem, Call]] = {}
     for call in calls:
         if call.op in KERNELS:
-            arguments, options = call.meta(setting.dtype)
-            problems.setdefault(call.op, {}).setdefault(tuned.problem(call.op, *arguments, **options), call)
+            problem = tuned.problem(call.op, **call.empty(setting.dtype))
+            problems.setdefault(call.op, {}).setdefault(problem, call)
     start = time.perf_counter()
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_compile_only) as pool:
         for op, todo in problems.items():
@@ -210,7 +206,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def arguments_of(argv: list[str] | None) -> argparse.Namespace:
-    ops = [field.name for field in fields(Ops) if field.name not in ("name", "sampler_step")]
+    ops = [field.name for field in fields(Ops) if field.name != "name"]
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, action="append", help="again for another; default sd15")
     parser.add_argument("--size", type=int, default=512, help="pixels (default 512)")

@@ -9,6 +9,8 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 
+import torch
+
 from bench import record
 from bench.shapes import MODELS, STAGES, Call, sizes, trace
 
@@ -22,7 +24,7 @@ class GPU:
 
 
 GPUS = {"h200": GPU(790e12, 4.3e12)}
-BYTES = 2  # of an fp16 element
+HALF = torch.float16  # what the nets run in
 EXTRAS = ("residual", "activation", "causal", "mask", "silu", "skip", "channel_bias", "shortcut")
 
 
@@ -48,7 +50,10 @@ def operations(call: Call) -> int:
 
 def traffic(call: Call) -> int:
     """Bytes, each tensor once."""
-    return BYTES * sum(size.numel() for size in sizes((*call.named().values(), call.result)))
+    tensors = call.named() | {"result": call.result}
+    return sum(
+        size.numel() * call.dtype_of(name, HALF).itemsize for name, value in tensors.items() for size in sizes(value)
+    )
 
 
 def floor(call: Call, gpu: GPU) -> float:

@@ -7,7 +7,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from fastsd.kernels.heads import stored_width
 from fastsd.models.clip import CLIPText
 from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE
-from fastsd.ops import REFERENCE, Ops
+from fastsd.ops import REFERENCE, Ops, StepRow
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,7 @@ class Call:
     """One call of an op, by the shapes of its tensors: what a kernel is planned from."""
 
     op: str
-    arguments: tuple[
-        Any, ...
-    ]  # torch.Size for a tensor, also inside a tuple; other values as they are; no trailing None
+    arguments: tuple[Any, ...]  # torch.Size for a tensor, also inside a tuple; others as they are; no trailing None
     options: tuple[tuple[str, Any], ...]
     result: Any  # torch.Size, or a tuple of them
 
@@ -71,14 +69,18 @@ class Call:
         bound = parameters.bind(*self.arguments, **dict(self.options)).arguments
         return {k: v for k, v in bound.items() if v is not None or parameters.parameters[k].default is not None}
 
-    def meta(self, dtype: torch.dtype) -> tuple[list[Any], dict[str, Any]]:
-        """The arguments again, on meta."""
+    def empty(self, dtype: torch.dtype, device: torch.device | str = "meta") -> dict[str, Any]:
+        """The arguments by name, their tensors not filled."""
 
-        def tensor(size: torch.Size) -> Tensor:
-            return torch.empty(size, dtype=dtype, device="meta")
+        def made(name: str, value: Any) -> Any:
+            make = partial(torch.empty, dtype=self.dtype_of(name, dtype), device=device)
+            return replaced(value, torch.Size, make)
 
-        arguments = [replaced(value, torch.Size, tensor) for value in self.arguments]
-        return arguments, {name: replaced(value, torch.Size, tensor) for name, value in self.options}
+        return {name: made(name, value) for name, value in self.named().items()}
+
+    def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """What an argument, or the "result", is held in where the nets run in dtype."""
+        return torch.float32 if self.op == "sampler_step" and name != "out" else dtype
 
 
 @cache
@@ -112,7 +114,7 @@ def trace(config: ModelConfig | Nets, pixels: int, batch: int = 2) -> dict[str, 
     """How often each call is made by each stage.
 
     text: CLIP on `batch` prompts; prompt: their keys and values; schedule: the time projections of one timestep; step: one UNet
-    step on `batch` rows; decode: one image.
+    step on `batch` rows, two for each guided image, and DPM-Solver++(2M)'s update; decode: one image.
     """
     calls: dict[str, Counter[Call]] = {stage: Counter() for stage in STAGES}
     latent = pixels // config.vae.downscale
@@ -123,6 +125,9 @@ def trace(config: ModelConfig | Nets, pixels: int, batch: int = 2) -> dict[str, 
         keys = UNet(config.unet, recording(calls["prompt"])).project_context(context)
         time = UNet(config.unet, recording(calls["schedule"])).project_time(torch.zeros(1)).expand(batch, -1)
         UNet(config.unet, recording(calls["step"]))(x, time, keys)
+        images = max(1, batch // 2)
+        row = StepRow(torch.empty(images, 2, 4), torch.empty(images))
+        recording(calls["step"]).sampler_step(torch.empty(2, *x[:images].shape), x, None, row)
         VAE(config.vae, recording(calls["decode"])).decode(x[:1])
     return calls
 

@@ -83,6 +83,7 @@ def triton_ops() -> Ops:
     Shapes that `bench.kernels --tune` found faster in cuBLAS, cuDNN or SDPA go there: see `kernels/configs`.
     """
     from fastsd.kernels import conv2d, conv2d_norm, flash_attn, geglu, gemm, groupnorm_silu, heads, layernorm
+    from fastsd.kernels import sampler_step as step
 
     return Ops(
         name="triton",
@@ -95,7 +96,7 @@ def triton_ops() -> Ops:
         conv2d=_tuned("conv2d", conv2d.conv2d, gemm.Config),
         conv2d_norm=_tuned("conv2d_norm", conv2d_norm.conv2d_norm, gemm.Config),
         upsample_conv2d=_tuned("upsample_conv2d", conv2d.upsample_conv2d, gemm.Config),
-        sampler_step=_sampler_step,
+        sampler_step=_tuned("sampler_step", sampler_step, step.Config),
     )
 
 
@@ -120,10 +121,12 @@ def _tuned(
     return op
 
 
-def _sampler_step(state: Tensor, out: Tensor, noise: Tensor | None, row: StepRow) -> Tensor:
-    from fastsd.kernels import sampler_step
+def sampler_step(state: Tensor, out: Tensor, noise: Tensor | None, row: StepRow, config: Any = None) -> Tensor:
+    """The op by its kernel, whose table here has one row."""
+    from fastsd.kernels import sampler_step as kernel
 
     if row.rescale is not None:  # needs the standard deviation of each whole picture: a few reductions, left to PyTorch
         return REFERENCE.sampler_step(state, out, noise, row)
     first = torch.zeros(1, dtype=torch.int32, device=state.device)
-    return sampler_step.sampler_step(state, out, noise, row.update[None], row.guidance, first)
+    table = row.update[None].contiguous()
+    return kernel.sampler_step(state, out, noise, table, row.guidance, first, config=config)

@@ -95,7 +95,7 @@ def test_sampler_step(rescale: float | None, noisy: bool) -> None:
 
 def test_a_picture_on_the_kernels(pipe: fastsd.Pipeline) -> None:
     """The whole way, from `backend="triton"` on: strides, layouts and dtypes as the pipeline really hands them over."""
-    arguments: dict[str, Any] = {"height": 16, "width": 16, "num_inference_steps": 1, "guidance_scale": 3.0, "seed": 3}
+    arguments: dict[str, Any] = {"height": 16, "width": 16, "num_inference_steps": 1, "guidance_scale": 1.0, "seed": 3}
     ours = fastsd.Pipeline(device=DEVICE, dtype="float32", backend="triton")
     drawn, expected = (one.generate("a blue square", output_type="np", **arguments).images for one in (ours, pipe))
     assert psnr(drawn, expected) >= IMAGE_PSNR

@@ -123,9 +123,9 @@ def candidates(length: int, keys: int, head_dim: int, dtype: torch.dtype, shared
         if keys <= 320:
             wide = head_dim > 80
             configs += [in_one_pass(bm, bn, keys) for bm in sizes for bn in ((32, 64) if wide else (64, 128))]
-        shapes = ((64, 64, 4, 2), (128, 64, 8, 3), (64, 64, 4, 3), (128, 128, 8, 2), (64, 32, 4, 3), (128, 128, 8, 3))
-        shapes += ((64, 128, 4, 2), (128, 64, 8, 2), (128, 32, 8, 3), (128, 64, 4, 2))
-        configs += [Config(*shape) for shape in shapes if shape[0] in sizes]
+        loops = [(64, 64, 4, 2), (128, 64, 8, 3), (64, 64, 4, 3), (128, 128, 8, 2), (64, 32, 4, 3), (128, 128, 8, 3)]
+        loops += [(64, 128, 4, 2), (128, 64, 8, 2), (128, 32, 8, 3), (128, 64, 4, 2)]
+        configs += [Config(*shape) for shape in loops if shape[0] in sizes]
     fitting = [config for config in dict.fromkeys(configs) if shared_bytes(config, head_dim, dtype.itemsize) <= shared]
     return fitting[:12]
 

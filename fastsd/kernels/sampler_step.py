@@ -6,6 +6,8 @@ Reads S + 1 to S + 3 and writes S latents of 4 bytes an element: bound by memory
 the row, so that a captured graph walks the whole table.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -13,7 +15,21 @@ from torch import Tensor
 
 from fastsd.kernels.launch import Launch
 
-BLOCK = 1024
+
+class Config(NamedTuple):
+    block: int
+    num_warps: int
+
+
+def choose_config(size: int) -> Config:
+    """size: elements of one latent. 16,384 of them (64x64x4) are 64 CTAs an image; not yet tuned on a device."""
+    return Config(min(256, triton.next_power_of_2(size)), 4)
+
+
+def candidates(size: int) -> list[Config]:
+    """What to time, the chooser's own first."""
+    blocks = [Config(block, warps) for block, warps in ((128, 4), (256, 2), (512, 4), (1024, 4), (1024, 8))]
+    return list(dict.fromkeys([choose_config(size), *blocks]))
 
 
 @triton.jit
@@ -53,15 +69,23 @@ def sampler_step_kernel(
 
 
 def plan_sampler_step(
-    state: Tensor, out: Tensor, noise: Tensor | None, table: Tensor, guidance: Tensor, step: Tensor, new: Tensor
+    state: Tensor,
+    out: Tensor,
+    noise: Tensor | None,
+    table: Tensor,
+    guidance: Tensor,
+    step: Tensor,
+    new: Tensor,
+    config: Config | None = None,
 ) -> list[Launch]:
     """The launch of `sampler_step` into new [S, B, …]."""
     slots, batch = state.shape[:2]
     size = state[0, 0].numel()
+    config = config or choose_config(size)
     return [
         Launch(
             sampler_step_kernel,
-            (triton.cdiv(size, BLOCK), batch),
+            (triton.cdiv(size, config.block), batch),
             {
                 "state_ptr": state,
                 "out_ptr": out,
@@ -75,8 +99,8 @@ def plan_sampler_step(
                 "update_step_stride": table.stride(0),
                 "update_image_stride": table.stride(1),
             },
-            {"S": slots, "GUIDED": out.shape[0] == 2 * batch, "HAS_NOISE": noise is not None, "BLOCK": BLOCK},
-            num_warps=4,
+            {"S": slots, "GUIDED": out.shape[0] == 2 * batch, "HAS_NOISE": noise is not None, "BLOCK": config.block},
+            config.num_warps,
         )
     ]
 
@@ -89,6 +113,7 @@ def sampler_step(
     guidance: Tensor,
     step: Tensor,
     new: Tensor | None = None,
+    config: Config | None = None,
 ) -> Tensor:
     """state [S, B, …] fp32, out [B or 2B, …], noise [B, …] fp32 or None, table [n, B, S, S+2] fp32, guidance [B] fp32 and step
     [1] int32 (the row, on the device) → the new state [S, B, …].
@@ -113,6 +138,6 @@ def sampler_step(
         raise ValueError(f"table must be fp32 [n, {batch}, {slots}, {slots + 2}] with contiguous rows")
     if step.shape != (1,) or step.dtype != torch.int32:
         raise ValueError("step must be one int32")
-    for launch in plan_sampler_step(state, out, noise, table, guidance, step, new):
+    for launch in plan_sampler_step(state, out, noise, table, guidance, step, new, config):
         launch.run()
     return new

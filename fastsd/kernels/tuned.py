@@ -36,6 +36,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
         **{"x": ..., "w": ..., "b": ..., "channel_bias": None, "norm_w": ..., "norm_b": ..., "groups": ..., "eps": ...}
     },
     "upsample_conv2d": {"x": ..., "w": ..., "b": ..., "size": None},
+    "sampler_step": {"state": ..., "out": ..., "noise": None, "row": ...},
 }
 """The ops' parameters and defaults, in their order, so that a call by position and one by name are one problem."""
 
@@ -80,6 +81,9 @@ def problem(op: str, *arguments: Any, **options: Any) -> Problem:
     x, given = given[first], {name: given[name] for name in others if given.get(name) is not None}
     if op == "attention":
         parts = _attention(x, **given)
+    elif op == "sampler_step":
+        guided = given["out"].shape[0] == 2 * x.shape[1]
+        parts = [f"slots {x.shape[0]}"] + (["guided"] if guided else []) + (["noise"] if "noise" in given else [])
     else:
         if op == "upsample_conv2d" and tuple(given.pop("size", ())) not in ((), (2 * x.shape[1], 2 * x.shape[2])):
             given["odd"] = True  # the size itself would name the picture's

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastsd.kernels.sampler_step import sampler_step
 from fastsd.ops import REFERENCE, StepRow
@@ -62,3 +64,25 @@ def test_what_it_does_not_serve_it_refuses(change: dict, says: str) -> None:
     }
     with pytest.raises(ValueError, match=says):
         sampler_step(**arguments | change)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    slots=st.integers(1, 5),
+    batch=st.integers(1, 3),
+    size=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    guided=st.booleans(),
+    noisy=st.booleans(),
+    rows=st.integers(1, 4),
+)
+def test_any_table(slots: int, batch: int, size: tuple[int, int], guided: bool, noisy: bool, rows: int) -> None:
+    state = draw(slots, batch, *size, 4, seed=0)
+    out = draw((1 + guided) * batch, *size, 4, seed=1, dtype=torch.float16)
+    noise = draw(batch, *size, 4, seed=2) if noisy else None
+    table, guidance = draw(rows, batch, slots, slots + 2, seed=3), draw(batch, seed=4)
+    step = torch.tensor([rows - 1], dtype=torch.int32, device=DEVICE)
+    new = Output(*state.shape, dtype=torch.float32)
+    sampler_step(state, out, noise, table, guidance, step, new.tensor)
+    wide = None if noise is None else noise.double()
+    row = StepRow(table[-1].double(), guidance.double())
+    new.check("sampler_step", REFERENCE.sampler_step(state.double(), out.double(), wide, row))

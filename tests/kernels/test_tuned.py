@@ -81,8 +81,7 @@ def test_only_the_size_follows_the_picture_and_the_batch() -> None:
 
     def problems(pixels: int, batch: int) -> set[tuple[str, str]]:
         calls = [call for calls in trace(TINY, pixels, batch).values() for call in calls]
-        arguments = [(call.op, *call.meta(HALF)) for call in calls]
-        return {(op, problem(op, *given, **options).fixed) for op, given, options in arguments}
+        return {(call.op, problem(call.op, **call.empty(HALF)).fixed) for call in calls}
 
     few = problems(16, 2)
     assert few == problems(48, 2) == problems(32, 8)
