@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -46,12 +46,14 @@ def select_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 
 @contextmanager
 def computing(device: torch.device, what: str) -> Iterator[None]:
-    """For the body of every public method: no gradients, no autocast of the caller's, typed errors where memory ends.
+    """For the body of every public method: no gradients, no autocast of the caller's, kernels launched on this GPU and no other,
+    typed errors where memory ends.
 
     what: what was being made, for the message: "4 images of 512x512 in torch.float16".
     """
     try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        with torch.no_grad(), torch.autocast(device.type, enabled=False), current:
             yield
     except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator raises a bare one
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):

@@ -42,3 +42,33 @@ def test_the_gates_see_what_they_should() -> None:
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_sizes_of_one_compile() -> None:
+    """Triton makes a constant of an integer that is 1: what may be called on a value must also be there on a constant."""
+    code = (
+        "import torch\n"
+        "from fastsd.kernels import conv2d, flash_attn, gemm, groupnorm_silu, sampler_step\n"
+        "def meta(*shape, dtype=torch.float16):\n"
+        "    return torch.empty(shape, dtype=dtype, device='meta')\n"
+        "config, fp32 = gemm.Config(64, 64, 64, 4, 3, 2), torch.float32\n"
+        "x, w, b, pixel = meta(1, 16), meta(1, 16), meta(64), meta(1, 1, 1, 64)\n"
+        "launches = gemm.plan_linear(x, w, None, None, None, meta(1, 1), 90, config)\n"
+        "epilogue = conv2d.Epilogue(b, meta(1, 64), pixel)\n"
+        "launches += conv2d.plan_conv2d(pixel, meta(64, 3, 3, 64), 1, (1,) * 4, epilogue, pixel, 90, config)\n"
+        "launches += conv2d.plan_upsample_conv2d(pixel, meta(4, 64, 2, 2, 64), b, meta(1, 2, 2, 64), 90)\n"
+        "launches += groupnorm_silu.plan_group_norm(pixel, b, b, 32, 1e-5, True, None, pixel)\n"
+        "launches += flash_attn.plan_attention(pixel, pixel, pixel, None, False, pixel)\n"
+        "state, row = meta(1, 1, 1, 1, 4, dtype=fp32), meta(1, 1, 1, 3, dtype=fp32)\n"
+        "step = meta(1, dtype=torch.int32)\n"
+        "launches += sampler_step.plan_sampler_step(state, state[0], None, row, meta(1, dtype=fp32), step, state)\n"
+        "ones = [sum(value == 1 for value in launch.arguments.values() if type(value) is int) for launch in launches]\n"
+        "assert sum(ones) >= 15, ones\n"
+        "for launch in launches:\n"
+        "    launch.compile(90)\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
