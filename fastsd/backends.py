@@ -13,7 +13,7 @@ from torch import Tensor
 from fastsd import ops
 from fastsd.checks import choice
 from fastsd.errors import ParameterError
-from fastsd.kernels import onednn
+from fastsd.kernels import onednn, packing
 from fastsd.ops import REFERENCE, Ops, StepRow
 
 BACKENDS = ("auto", "triton", "onednn", "reference")
@@ -35,6 +35,12 @@ def select_ops(backend: str, device: torch.device) -> Ops:
     if backend == "triton" or (backend == "auto" and is_tuned(device)):
         return triton_ops()
     return onednn_ops() if packed and backend != "reference" else REFERENCE
+
+
+def refresh_weights(chosen: Ops) -> None:
+    """Bring the packed copies of weights that have changed up to date, in place, for graphs that read them."""
+    if chosen.name == "triton":
+        packing.refresh_all()
 
 
 def runs_triton(device: torch.device) -> bool:
@@ -122,11 +128,13 @@ def _tuned(
 
 
 def sampler_step(state: Tensor, out: Tensor, noise: Tensor | None, row: StepRow, config: Any = None) -> Tensor:
-    """The op by its kernel, whose table here has one row."""
+    """The op by its kernel, which reads a table."""
     from fastsd.kernels import sampler_step as kernel
 
     if row.rescale is not None:  # needs the standard deviation of each whole picture: a few reductions, left to PyTorch
         return REFERENCE.sampler_step(state, out, noise, row)
+    if row.step is not None:
+        return kernel.sampler_step(state, out, noise, row.update, row.guidance, row.step, config=config)
     first = torch.zeros(1, dtype=torch.int32, device=state.device)
     table = row.update[None].contiguous()
     return kernel.sampler_step(state, out, noise, table, row.guidance, first, config=config)

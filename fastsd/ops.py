@@ -29,11 +29,13 @@ class StepRow(NamedTuple):
     """One row of a sampler's table for each image of a batch: what `sampler_step` needs beside the tensors."""
 
     update: Tensor
-    """[B, S, S+2] fp32: state ← update · (state, guided output, noise)."""
+    """[B, S, S+2] fp32: state ← update · (state, guided output, noise). With a step, [n, B, S, S+2]: the whole table."""
     guidance: Tensor
     """[B] fp32 guidance scale g: guided = uncond + g · (cond − uncond). Unused when the UNet ran without guidance."""
     rescale: Tensor | None = None
     """[B] fp32 guidance_rescale φ in [0, 1] (Lin et al. 2024, arXiv 2305.08891, eq. 15–16); None: off."""
+    step: Tensor | None = None
+    """[1] int32 on the device: which row of the table it is."""
 
 
 class Shortcut(NamedTuple):
@@ -183,7 +185,8 @@ def sampler_step(state: Tensor, out: Tensor, noise: Tensor | None, row: StepRow)
     """
     out = out.to(state.dtype)
     out = guide(out, row) if out.shape[0] == 2 * state.shape[1] else out
-    update = row.update if noise is not None else row.update[..., :-1]
+    update = row.update if row.step is None else row.update.index_select(0, row.step)[0]
+    update = update if noise is not None else update[..., :-1]
     basis = [*state, out] if noise is None else [*state, out, noise]
     return torch.einsum("bsk,kbhwc->sbhwc", update, torch.stack(basis))
 

@@ -7,7 +7,8 @@ sampler ─► table (timesteps, update matrices): once, in fp64, on the host �
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,19 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastsd import images, metadata
-from fastsd.backends import select_ops
+from fastsd.backends import refresh_weights, select_ops
 from fastsd.checkpoints import open_folder, resolve
 from fastsd.checks import choice, float_tensor, text_or_none
 from fastsd.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
+from fastsd.denoise import Denoiser, Walk
 from fastsd.device import Stopwatch, computing, select_device, select_dtype
-from fastsd.errors import CheckpointError, NumericsError, ParameterError, PromptError
+from fastsd.errors import CheckpointError, NumericsError, ParameterError
+from fastsd.graph import CudaGraphs, Graphs
 from fastsd.models.clip import CLIPText
 from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE
 from fastsd.noise import NoiseSource
-from fastsd.ops import StepRow
-from fastsd.prompt import encode_prompts
+from fastsd.prompt import encode_request
 from fastsd.request import Request, StepCallback, check_request, check_seeds
 from fastsd.result import Result
 from fastsd.sampling import SAMPLERS, NoiseSchedule, Table, make_table
@@ -36,6 +38,8 @@ from fastsd.tokenizer import Tokenizer
 from fastsd.wording import quoted
 
 BUNDLED = Path(__file__).parent / "assets" / "shapes-64"
+GRAPH_MEMORY = 4 * 2**30
+"""Bytes of GPU memory that a pipeline's CUDA graphs may hold; the least recently used goes first."""
 logger = logging.getLogger("fastsd")
 
 
@@ -58,6 +62,7 @@ class Pipeline:
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         allow_pickle: bool = False,
+        graphs: bool = True,
     ) -> None:
         """Load a model: a diffusers folder, or a Hugging Face Hub id (`owner/name`).
 
@@ -66,6 +71,7 @@ class Pipeline:
         with packed weights on the CPU, "triton" our kernels on the GPU.
         variant: which weight files, e.g. "fp16". revision, token, cache_dir, local_files_only: as huggingface_hub takes
         them. allow_pickle: also read `.bin` weights, which old folders hold (never code).
+        graphs: on a GPU, capture each stage of a size in a CUDA graph the second time it is drawn; GRAPH_MEMORY bounds them.
 
         Raises CheckpointError (HubError for the Hub) if the model cannot be had or is not SD 1.x or 2.x, and
         ParameterError for the arguments.
@@ -107,6 +113,9 @@ class Pipeline:
             for component, net in nets.items():
                 folder.load_weights(component, net, self.dtype, self.device)
                 net.eval()
+        self.graphs = Graphs(CudaGraphs(self.device), GRAPH_MEMORY) if graphs and self.device.type == "cuda" else None
+        self._weights_at: list[int] = []
+        self._denoiser = Denoiser(self.unet, self.ops, self.graphs)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, **options: Any) -> "Pipeline":
@@ -194,8 +203,10 @@ class Pipeline:
             notes.append(f"eta: has no effect on {table.sampler}; it is the noise of ddim")
         size = f"{request.batch} images of {request.width}x{request.height} in {self.dtype}"
         with computing(self.device, size):
+            self._refresh()
             with clock.stage("text"):
-                context, rows = self._encode_text(request, notes)
+                encode = partial(self._encode_tokens, clip_skip=request.clip_skip)
+                context, rows = encode_request(request, self.tokenizer, encode, self.device, self.dtype, notes)
             with clock.stage("unet"):
                 x = self._denoise(request, table, context, rows, callback_on_step_end)
             with clock.stage("vae"):
@@ -203,6 +214,29 @@ class Pipeline:
         for note in notes:
             logger.warning(note)
         return Result(drawn, request.seeds, clock.timings, self._parameters(request, table), notes)
+
+    def warmup(
+        self, sizes: Sequence[tuple[int, int]] = (), num_images_per_prompt: int = 1, guidance: bool | None = None
+    ) -> None:
+        """Have everything compiled and captured for sizes (height, width), so that the next image of each is a fast one.
+
+        No sizes: the model's own. guidance: with, without, or None for both. Prompts, seeds, samplers, steps and guidance
+        scales then change nothing. On a CPU it packs the weights.
+        """
+        own = self.config.unet.sample_size * self.config.vae.downscale
+        for height, width in sizes or [(own, own)]:
+            for scale in {None: (7.5, 1.0), True: (7.5,), False: (1.0,)}[guidance]:
+                for _ in range(2):  # eagerly, then captured
+                    self.generate(
+                        "warm-up",
+                        height=height,
+                        width=width,
+                        num_inference_steps=1,
+                        guidance_scale=scale,
+                        num_images_per_prompt=num_images_per_prompt,
+                        seed=0,
+                        output_type="np",
+                    )
 
     def encode_image(self, image: Any, seed: int | Sequence[int] | None = None) -> Tensor:
         """Images → latents as the UNet sees them, [B, C, H/8, W/8] fp32.
@@ -219,6 +253,7 @@ class Pipeline:
             size = (x.shape[1] // unit, x.shape[2] // unit, self.config.vae.latent_channels)
             noise = NoiseSource.from_seeds(check_seeds(seed, len(x))).draw(*size, self.device)
         with computing(self.device, f"encoding {len(x)} images of {x.shape[2]}x{x.shape[1]} in {self.dtype}"):
+            self._refresh()
             return _nchw(self._finite("encode", [x, noise], []))
 
     def decode_latents(self, latents: Tensor, output_type: str = "pil") -> "list[Image.Image] | np.ndarray | Tensor":
@@ -230,76 +265,55 @@ class Pipeline:
         shape = (None, self.config.vae.latent_channels, None, None)
         float_tensor("latents", latents, shape, "images, channels, height, width")
         with computing(self.device, f"decoding latents {list(latents.shape)} in {self.dtype}"):
+            self._refresh()
             return self._draw(_nhwc(latents.to(self.device, torch.float32)), output_type, [])
 
-    def _encode_text(self, request: Request, notes: list[str]) -> tuple[Tensor, Tensor]:
-        """→ context [U, L, C], each different prompt once, and for each row of the UNet's batch its row in it.
+    def _encode_tokens(self, ids: Tensor, clip_skip: int) -> Tensor:
+        """Token ids [U, 77] → context [U, 77, C]."""
+        key = ("text", len(ids), clip_skip)
+        return self._replayed(key, lambda ids: self.text_encoder(ids, clip_skip), ids.to(self.device))
 
-        The UNet's batch is the B images, or with guidance 2B: their negative prompts, then their prompts.
-        """
-        sides = [(request.negative_prompts, request.negative_prompt_embeds)] if request.guided else []
-        sides.append((request.prompts, request.prompt_embeds))
-        texts = [text for prompts, _ in sides for text in prompts or ()]
-        parts: list[Tensor] = []
-        row_of: dict[str, int] = {}
-        if texts:
-            context, row_of, cut = encode_prompts(self.tokenizer, self.text_encoder, texts, request.clip_skip)
-            parts.append(context)
-            notes += cut
-        rows: list[list[int]] = []
-        for prompts, embeds in sides:
-            if prompts is not None:
-                rows.append([row_of[prompt] for prompt in prompts])
-            elif embeds is not None:
-                start = sum(map(len, parts))
-                rows.append(list(range(start, start + len(embeds))))
-                parts.append(embeds.to(self.device, self.dtype))
-        if len(lengths := {part.shape[1] for part in parts}) > 1:
-            raise PromptError(
-                f"prompt_embeds: the prompt and the negative prompt differ in tokens ({', '.join(map(str, lengths))}); "
-                "give both as embeddings of one length"
-            )
-        batch = torch.tensor(rows, device=self.device).repeat_interleave(request.images_per_prompt, 1)
-        return torch.cat(parts), batch.flatten()
+    def _refresh(self) -> None:
+        """Let graphs see weights that were changed in place; forget them where weights were moved."""
+        if self.graphs is None:
+            return
+        refresh_weights(self.ops)
+        nets = (self.text_encoder, self.unet, self.vae)
+        at = [parameter.data_ptr() for net in nets for parameter in net.parameters()]
+        if at != self._weights_at:
+            self.graphs.clear()
+            self._weights_at = at
+
+    def _replayed(self, key: Hashable, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        return function(*inputs) if self.graphs is None else self.graphs.call(key, function, *inputs)
 
     def _denoise(
         self, request: Request, table: Table, context: Tensor, rows: Tensor, callback: StepCallback | None
     ) -> Tensor:
         """The loop of every sampler: noise → latents [B, H, W, C] fp32."""
-        steps, batch = len(table.timesteps), request.batch
-        size = (request.height // self.config.vae.downscale, request.width // self.config.vae.downscale)
-        shape = (*size, self.config.vae.latent_channels)
-
-        # Once a prompt, once a schedule: nothing below this block is computed twice.
-        keys = [(k[rows], v[rows]) for k, v in self.unet.project_context(context)]  # [B or 2B, L, N, D]
-        time_bias = self.unet.project_time(self._fp32(table.timesteps))  # [n, T]
-        model_input, update = self._fp32(table.model_input), self._fp32(table.update)  # [n, S], [n, S, S+2]
-        guidance = torch.full((batch,), request.guidance_scale, dtype=torch.float32, device=self.device)
-        rescale = torch.full_like(guidance, request.guidance_rescale) if request.guidance_rescale else None
-        finite = torch.ones(steps, dtype=torch.bool, device=self.device)
-
+        down = self.config.vae.downscale
+        shape = (request.height // down, request.width // down, self.config.vae.latent_channels)
         unit = request.noise.draw(*shape, self.device) if request.latents is None else _nhwc(request.latents)
-        state = torch.zeros(table.state_size, batch, *shape, dtype=torch.float32, device=self.device)  # [S, B, H, W, C]
-        state[0] = table.initial_scale * unit.to(self.device, torch.float32)
-        for step in range(steps):
-            x = torch.einsum("s,sbhwc->bhwc", model_input[step], state).to(self.dtype)
-            x = torch.cat((x, x)) if request.guided else x
-            out = self.unet(x, time_bias[step].expand(len(x), -1), keys)
-            noise = request.noise.draw(*shape, self.device) if table.needs_noise(step) else None
-            row = StepRow(update[step].expand(batch, -1, -1), guidance, rescale)
-            state = self.ops.sampler_step(state, out, noise, row)
-            finite[step] = state[0].isfinite().all()
-            if callback is not None:
-                self._call_back(callback, step, table, state)
-        if not finite.all():
-            first = int(finite.logical_not().nonzero()[0])
+        walk = Walk(
+            keys=[(k[rows], v[rows]) for k, v in self.unet.project_context(context)],  # once a prompt
+            time_bias=self.unet.project_time(self._fp32(table.timesteps)),  # once a schedule
+            table=table,
+            guidance=request.guidance_scale,
+            rescale=request.guidance_rescale if request.guided else 0.0,
+            noise=request.noise,
+            latents=unit.to(self.device, torch.float32),
+        )
+        after_step = None if callback is None else partial(self._call_back, callback, table)
+        latents, survived = self._denoiser.run(walk, after_step)
+        if survived < len(table):
             raise NumericsError(
-                f"unet: a non-finite value at step {first + 1} of {steps} in {self.dtype}{self._advice()}"
+                f"unet: a non-finite value at step {survived + 1} of {len(table)} in {self.dtype}{self._advice()}"
             )
-        return state[0]
+        return latents
 
-    def _call_back(self, callback: StepCallback, step: int, table: Table, state: Tensor) -> None:
-        values: dict[str, Any] = {"latents": _nchw(state[0]).clone(), "num_steps": len(table.timesteps)}
+    def _call_back(self, callback: StepCallback, table: Table, step: int, latents: Tensor) -> None:
+        """latents [B, H, W, C]: a view of the state, overwritten by what the callback returns instead."""
+        values: dict[str, Any] = {"latents": _nchw(latents).clone(), "num_steps": len(table)}
         answer = callback(self, step, float(table.timesteps[step]), values)
         if not isinstance(answer, dict | None):
             raise ParameterError(f"callback_on_step_end: must return a dict or None, not {quoted(answer)}")
@@ -310,7 +324,7 @@ class Pipeline:
                 raise ParameterError(
                     f"callback_on_step_end: the latents it returns must be a tensor {list(shape)}, not {quoted(replaced)}"
                 )
-            state[0] = _nhwc(replaced.to(self.device, torch.float32))
+            latents.copy_(_nhwc(replaced.to(self.device, torch.float32)))
 
     def _draw(self, latents: Tensor, output_type: str, notes: list[str]) -> "list[Image.Image] | np.ndarray | Tensor":
         """Latents [B, H, W, C] → what output_type asks for."""
@@ -321,13 +335,14 @@ class Pipeline:
     def _finite(self, method: str, inputs: list[Tensor | None], notes: list[str]) -> Tensor:
         """What the VAE's method gives, in fp32. Where half precision overflows it is computed again in fp32, and noted."""
 
-        def run(vae: VAE, dtype: torch.dtype) -> Tensor:
-            return getattr(vae, method)(*[x if x is None else x.to(self.device, dtype) for x in inputs]).float()
-
-        result = run(self.vae, self.dtype)
+        given = [x for x in inputs if x is not None]
+        key = (method, *(tuple(x.shape) for x in given))
+        half = [x.to(self.device, self.dtype) for x in given]
+        result = self._replayed(key, getattr(self.vae, method), *half).float()
         if not result.isfinite().all() and self.dtype != torch.float32:
             notes.append(f"vae: non-finite values in {self.dtype}; computed again in float32")
-            result = run(copy.deepcopy(self.vae).float(), torch.float32)
+            full = copy.deepcopy(self.vae).float()
+            result = getattr(full, method)(*[x.to(self.device, torch.float32) for x in given])
         if not result.isfinite().all():
             raise NumericsError(f"vae: {method} gives non-finite values; the input or the checkpoint is damaged")
         return result

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 
-from fastsd.kernels.packing import PackedWeights
+from fastsd.kernels.packing import PackedWeights, refresh_all
 
 
 def test_packed_once_and_refilled_in_place() -> None:
@@ -57,3 +57,30 @@ def test_threads_get_one_copy() -> None:
     for thread in threads:
         thread.join()
     assert len(calls) == 1
+
+
+def test_a_weight_that_lies_as_it_is_wanted_is_packed_once() -> None:
+    calls = []
+    weights = PackedWeights(lambda w: calls.append(1) or w.contiguous())
+    w = torch.ones(3)
+    for _ in range(3):
+        assert weights.get(w).data_ptr() == w.data_ptr()
+    w.add_(1)
+    for _ in range(3):
+        assert weights.get(w).tolist() == [2, 2, 2]
+    assert len(calls) == 2
+
+
+def test_refresh_refills_what_nobody_asks_for() -> None:
+    """A captured graph reads the buffer and asks nothing."""
+    weights, groups = PackedWeights(lambda w: w * 2), PackedWeights(lambda *group: torch.cat(group))
+    a, b = torch.ones(2), torch.ones(2)
+    packed, grouped = weights.get(a), groups.get(a, b)
+    b.zero_()
+    a.add_(1)
+    refresh_all()
+    assert packed.tolist() == [4, 4]
+    assert grouped.tolist() == [2, 2, 0, 0]
+    del b
+    gc.collect()
+    refresh_all()  # half a group is left alone
