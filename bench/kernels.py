@@ -166,8 +166,8 @@ def measured_before(path: Path, about: dict[str, str]) -> dict[tuned.Problem, tu
     return {entry.problem: entry for entry in entries}
 
 
-def tune(calls: Iterable[Call], setting: Setting, workers: int) -> None:
-    """Time every candidate of every problem, op by op, and keep the file of configs up with it."""
+def tune(calls: Iterable[Call], setting: Setting, workers: int, again: bool = False) -> None:
+    """Time every candidate of every problem not yet measured, op by op, and keep the file of configs up with it."""
     path = setting.configs / f"sm_{setting.arch}.json"
     about = {"device": _device_name(setting.device), "torch": torch.__version__, "triton": triton.__version__}
     entries = measured_before(path, about)
@@ -177,7 +177,8 @@ def tune(calls: Iterable[Call], setting: Setting, workers: int) -> None:
     for call in calls:
         if call.op in KERNELS:
             problem = tuned.problem(call.op, **call.empty(setting.dtype))
-            problems.setdefault(call.op, {}).setdefault(problem, call)
+            if again or problem not in entries:
+                problems.setdefault(call.op, {}).setdefault(problem, call)
     start = time.perf_counter()
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_compile_only) as pool:
         for op, todo in problems.items():
@@ -215,10 +216,13 @@ def arguments_of(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: Triton's interpreter")
     parser.add_argument("--gpu", choices=GPUS, default="h200", help="whose floor (default h200)")
     parser.add_argument("--tune", action="store_true", help="write the fastest configs first")
+    parser.add_argument("--tune-only", action="store_true", help="and measure no more than that")
+    parser.add_argument("--again", action="store_true", help="tune what the configs hold already, too")
     parser.add_argument("--configs", type=Path, default=tuned.CONFIGS, help="folder of the configs (default: fastsd's)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that compile (default: cores)")
     parser.add_argument("--out", type=Path, help="JSON file (default bench/results/kernels-<gpu>.json)")
     args = parser.parse_args(argv)
+    args.tune |= args.tune_only
     if args.device == "cpu" and args.tune and args.configs == tuned.CONFIGS:
         parser.error("the interpreter's times are no measurement: give --configs another folder")
     if args.device == "cpu" and args.dtype == "bf16":
@@ -250,7 +254,9 @@ def main(argv: list[str] | None = None) -> int:
     }
     different = list(dict.fromkeys(call for calls in stages.values() for call in calls))
     if args.tune:
-        tune(different, setting, args.workers)
+        tune(different, setting, args.workers, args.again)
+        if args.tune_only:
+            return 0
     measured = {call: measure(call, setting) for call in different}
     for stage, calls in stages.items():
         if not calls:

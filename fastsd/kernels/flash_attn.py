@@ -63,7 +63,8 @@ def choose_config(
     One pass holds up to 240 keys, but above a head of 80 on sm_8x only 160: there 231 keys at 160 spill 48 bytes by 64 queries
     (sm_80, Triton 3.9), 24 to 64 by 128 (Triton 3.6). 256 keys spill 8 bytes at 40 and 48 to 56 at 160. A mask takes registers
     of its own: masked, 231 keys at 160 spill 152 bytes on sm_90, causal 8; so a causal pass holds 160 keys, a masked one 160,
-    or 80 above a head of 80. All that is more comes tile by tile.
+    or 80 above a head of 80. All that is more comes tile by tile; masked by 32 keys, since 64 spill up to 560 bytes at 48;
+    at 64 and 80 by 64, since there 32 spill.
 
     fp32 takes small tiles: it does not run on tensor cores.
     """
@@ -79,7 +80,7 @@ def choose_config(
         loops = [
             Config(bm, bn, 8, stages, value_columns=256) for bm, bn, stages in ((128, 32, 2), (64, 32, 2), (64, 16, 1))
         ]
-    elif masked and head_dim > 80:
+    elif masked and not 64 <= head_dim <= 80:
         loops = [Config(64, 32, 4, 2)]
     elif masked or length <= 256:
         loops = [Config(64, 64, 4, 2), Config(64, 32, 4, 2)]

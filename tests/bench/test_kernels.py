@@ -102,6 +102,11 @@ def test_tuning_leaves_what_lookup_reads(
     assert tuned.lookup(problem, 90, tmp_path) == tuned.Entry(*problem, "kernel", fast, 10.0, 10.0)
     assert len(entries) == 1
     assert used[-1] == gemm.Config(*fast)
+    used.clear()
+    assert main([*arguments, "--op", "geglu", "--tune-only"]) == 0
+    assert used == [], "what is measured is measured again: a tuning that is stopped would never end"
+    assert main([*arguments, "--op", "geglu", "--tune-only", "--again"]) == 0
+    assert len(used) > 1
 
 
 def test_entries_of_another_device_or_version_are_dropped(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
