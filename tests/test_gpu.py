@@ -10,6 +10,7 @@ import torch
 import fastsd
 from fastsd.errors import OutOfMemoryError
 from tests.oracle import psnr
+from tests.test_graph import CHANGES, draw
 from tests.tolerances import HALF_PSNR, IMAGE_PSNR, NET
 
 pytestmark = pytest.mark.gpu
@@ -97,3 +98,54 @@ def test_running_out_of_memory_leaves_the_next_call_whole(on_gpu: fastsd.Pipelin
         on_gpu.generate(PROMPT, height=4096, width=4096, num_images_per_prompt=64, num_inference_steps=1)
     torch.cuda.empty_cache()
     assert np.array_equal(on_gpu.generate(PROMPT, seed=1, **ARGUMENTS).images, expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_pictures_from_graphs_equal_eager_ones(backend: str) -> None:
+    """Bit by bit: the first, which runs eagerly, those after it, and whatever changes from one to the next."""
+    eager = fastsd.Pipeline(device="cuda", backend=backend, graphs=False)
+    ours = fastsd.Pipeline(device="cuda", backend=backend)
+    assert ours.graphs is not None
+    for name, change in [*CHANGES.items()] * 3:
+        assert np.array_equal(draw(ours, **change), draw(eager, **change)), (
+            f"{name}: another picture than without graphs"
+        )
+    captures = ours.graphs.captures
+    assert captures >= 3
+    for _ in range(3):
+        draw(ours, prompt="another prompt", sampler="plms", num_inference_steps=9)
+    assert ours.graphs.captures == captures
+    assert ours.graphs.held <= ours.graphs.budget
+
+
+def test_a_replayed_step_allocates_nothing() -> None:
+    """Memory is asked for before the loop and after it, however many steps there are."""
+    pipe = fastsd.Pipeline(device="cuda", backend="triton")
+
+    def allocations(steps: int) -> int:
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        draw(pipe, num_inference_steps=steps)
+        return torch.cuda.memory_stats()["allocation.all.allocated"] - before
+
+    for steps in (2, 20, 2, 20):
+        draw(pipe, num_inference_steps=steps)
+    assert allocations(20) == allocations(2)
+
+
+def test_weights_changed_under_live_graphs() -> None:
+    """The packed copies are refilled where the graphs read them: another picture, and the first one back to the bit."""
+    pipe = fastsd.Pipeline(device="cuda", backend="triton")
+    first = [draw(pipe) for _ in range(3)][-1]
+    net = pipe.unet.mid_block
+    weights = [
+        net.attentions[0].proj_in.weight,
+        net.resnets[0].conv1.weight,
+        net.attentions[0].transformer_blocks[0].attn1.to_k.weight,
+    ]
+    for weight in weights:
+        kept = weight.detach().clone()
+        with torch.no_grad():
+            weight.mul_(1.5)
+            assert not np.array_equal(draw(pipe), first), "the graph reads the old weight"
+            weight.copy_(kept)
+        assert np.array_equal(draw(pipe), first)
