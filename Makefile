@@ -48,6 +48,6 @@ $(VENV)/.installed: $(VENV)/bin/python setup.py
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	@echo "fastsd: installing what the tests need (pytest, diffusers, transformers, ruff, mypy), once"
-	@$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test,lint]"
+	@echo "fastsd: installing what the tests need (pytest, diffusers, transformers, matplotlib, ruff, mypy), once"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test,lint,bench]"
 	@touch $@

@@ -35,6 +35,7 @@ setup(
     ],
     extras_require={
         "test": ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6", "diffusers==0.42.1", "transformers==5.23.0"],
+        "bench": ["matplotlib>=3.9"],
         "lint": ["ruff==0.17.6", "mypy==2.4.1"],
     },
     entry_points={"console_scripts": ["fastsd = fastsd.cli:main"]},

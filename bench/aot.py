@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import product
@@ -26,8 +25,7 @@ import triton
 
 from bench import record
 from bench.shapes import MODELS, Call, trace
-from fastsd.kernels import conv2d, conv2d_norm, flash_attn, geglu, gemm, groupnorm_silu, layernorm, sampler_step
-from fastsd.kernels.heads import pack as pack_heads
+from fastsd import launches
 from fastsd.kernels.launch import SHARED_MEMORY, TYPE_NAMES, Launch
 
 NATIVE = {"sd15": 512, "sd21": 768, "sdxl": 1024}
@@ -78,67 +76,7 @@ def plan(call: Call, arch: int, dtype: torch.dtype, mask: str | None = None) -> 
     if mask is not None:
         size = (call.result[0], 1, 1, arguments["k"].shape[1])
         arguments["mask"] = torch.empty(size, dtype=torch.bool if mask == "boolean" else dtype, device="meta")
-    if call.op == "project_heads":
-        return plan_project_heads(arch, **arguments)
-    if call.op == "sampler_step":
-        return plan_sampler_step(**arguments)
-    out = torch.empty(call.result, dtype=dtype, device="meta")
-    return PLANS[call.op](arch, out, **arguments)
-
-
-def plan_linear(
-    arch: int, out: Any, x: Any, w: Any, b: Any = None, residual: Any = None, activation: Any = None
-) -> Any:
-    return gemm.plan_linear(x, w, b, residual, activation, out, arch)
-
-
-def plan_project_heads(arch: int, x: Any, weights: Any, heads: int, biases: Any = None) -> list[Launch]:
-    w = pack_heads(heads, *weights)
-    b = None if biases is None else pack_heads(heads, *biases)
-    out = torch.empty((*x.shape[:-1], w.shape[0]), dtype=x.dtype, device="meta")
-    return gemm.plan_linear(x, w, b, None, None, out, arch)
-
-
-def plan_attention(
-    arch: int, out: Any, q: Any, k: Any, v: Any, mask: Any = None, causal: bool = False, head_dim: int | None = None
-) -> list[Launch]:
-    return flash_attn.plan_attention(q, k, v, mask, causal, out, shared=SHARED_MEMORY[arch], head_dim=head_dim)
-
-
-def plan_group_norm(
-    arch: int, out: Any, x: Any, w: Any, b: Any, groups: int, eps: float, silu: bool = False, skip: Any = None
-) -> list[Launch]:
-    return groupnorm_silu.plan_group_norm(x, w, b, groups, eps, silu, skip, out)
-
-
-def plan_conv2d(
-    arch: int, out: Any, x: Any, w: Any, b: Any = None, stride: int = 1, pad: Any = (0, 0, 0, 0), **epilogue: Any
-) -> list[Launch]:
-    return conv2d.plan_conv2d(x, conv2d.pack(w), stride, pad, conv2d.Epilogue(b, **epilogue), out, arch)
-
-
-def plan_conv2d_norm(arch: int, out: Any, x: Any, w: Any, channel_bias: Any = None, **rest: Any) -> list[Launch]:
-    return conv2d_norm.plan_conv2d_norm(x, conv2d.pack(w), channel_bias=channel_bias, **rest, out=out, arch=arch)
-
-
-def plan_sampler_step(state: Any, out: Any, noise: Any, row: Any) -> list[Launch]:
-    step = torch.empty(1, dtype=torch.int32, device="meta")
-    new = torch.empty_like(state)
-    return sampler_step.plan_sampler_step(state, out, noise, row.update[None], row.guidance, step, new)
-
-
-PLANS: dict[str, Callable[..., list[Launch]]] = {
-    "linear": plan_linear,
-    "geglu": lambda arch, out, x, w, b: geglu.plan_geglu(x, w, b, out, arch),
-    "attention": plan_attention,
-    "layer_norm": lambda arch, out, x, w, b, eps: layernorm.plan_layer_norm(x, w, b, eps, out),
-    "group_norm": plan_group_norm,
-    "conv2d": plan_conv2d,
-    "conv2d_norm": plan_conv2d_norm,
-    "upsample_conv2d": lambda arch, out, x, w, b, size=None: conv2d.plan_upsample_conv2d(
-        x, conv2d.pack_phases(w), b, out, arch
-    ),
-}
+    return launches.plan(call.op, arch, arguments)[0]
 
 
 def long_prompts(calls: Counter[Call]) -> Counter[Call]:
@@ -165,7 +103,7 @@ def jobs(models: list[str], pixels: int | None, archs: list[int], dtypes: list[t
     for arch, dtype, (call, count) in product(archs, dtypes, calls.items()):
         for mask in masks[call]:
             for index, launch in enumerate(plan(call, arch, dtype, mask)):
-                job = first.setdefault((arch, *identity(launch)), Job(call, index, arch, dtype, mask))
+                job = first.setdefault((arch, *launches.identity(launch)), Job(call, index, arch, dtype, mask))
                 uses[job] += count
     return uses
 
@@ -173,15 +111,6 @@ def jobs(models: list[str], pixels: int | None, archs: list[int], dtypes: list[t
 def may_be_masked(call: Call) -> bool:
     """Attention to a text: the VAE's and a picture's to itself never are."""
     return call.op == "attention" and call.named()["k"][1] <= 231 and not call.named().get("causal")
-
-
-def identity(launch: Launch) -> tuple[Any, ...]:
-    """What decides the compiled code."""
-    source = launch.source()
-    types = tuple(sorted(source.signature.items()))
-    aligned = tuple(sorted(source.attrs))
-    constants = tuple(sorted((name, str(value)) for name, value in launch.constants.items()))
-    return launch.kernel.__name__, types, aligned, constants, launch.num_warps, launch.num_stages
 
 
 def compile_job(job: Job, uses: int) -> Compiled:

@@ -14,6 +14,7 @@ from fastsd.kernels import conv2d, conv2d_norm, flash_attn, geglu, gemm, groupno
 from fastsd.kernels.heads import stored_width
 from fastsd.kernels.launch import shared_memory
 from fastsd.ops import REFERENCE
+from fastsd.verify import relative
 from tests.tolerances import OPS
 
 BUILD_ERRORS = (TritonError, RuntimeError)  # Triton's own, and those of MLIR's passes
@@ -139,15 +140,6 @@ def truth_of(op: str, arguments: dict[str, Any]) -> Any:
     """The reference op in fp64."""
     wide = {name: replaced(value, Tensor, Tensor.double) for name, value in arguments.items()}
     return getattr(REFERENCE, op)(**wide)
-
-
-def relative(result: Any, truth: Any) -> float:
-    """|result − truth| / |truth| over all tensors, in fp64; infinite where a value is not finite."""
-    results, truths = ([t] if isinstance(t, Tensor) else t for t in (result, truth))
-    pairs = [(a[..., : b.shape[-1]].double(), b.double()) for a, b in zip(results, truths, strict=True)]
-    error = sum((a - b).square().sum().item() for a, b in pairs)
-    error = (error / sum(b.square().sum().item() for _, b in pairs)) ** 0.5
-    return error if error == error else float("inf")
 
 
 def fault(op: str, run: Callable[[], Any], truth: Any, plain: Any) -> str | None:

@@ -3,23 +3,21 @@
 No weight is made and nothing is computed, so the full-size models can be listed anywhere.
 """
 
-import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastsd import tracing
 from fastsd.config import SD15, SD21, CLIPConfig, ModelConfig, UNetConfig, VAEConfig
 from fastsd.kernels.heads import stored_width
-from fastsd.models.clip import CLIPText
-from fastsd.models.unet import UNet
-from fastsd.models.vae import VAE
 from fastsd.ops import REFERENCE, Ops, StepRow
+from fastsd.tracing import replaced, signature
 
 
 @dataclass(frozen=True)
@@ -83,21 +81,6 @@ class Call:
         return torch.float32 if self.op == "sampler_step" and name != "out" else dtype
 
 
-@cache
-def signature(op: str) -> inspect.Signature:
-    return inspect.signature(getattr(REFERENCE, op))
-
-
-def replaced(value: Any, kind: type, by: Callable[[Any], Any]) -> Any:
-    """The value with everything of a kind in it replaced; lists become tuples, named tuples stay themselves."""
-    if isinstance(value, kind):
-        return by(value)
-    if not isinstance(value, tuple | list):
-        return value
-    items = [replaced(item, kind, by) for item in value]
-    return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-
-
 def sizes(value: Any) -> Iterator[torch.Size]:
     """Every tensor's size in an argument or a result."""
     if isinstance(value, torch.Size):
@@ -113,22 +96,22 @@ STAGES = ("text", "prompt", "schedule", "step", "decode")
 def trace(config: ModelConfig | Nets, pixels: int, batch: int = 2) -> dict[str, Counter[Call]]:
     """How often each call is made by each stage.
 
-    text: CLIP on `batch` prompts; prompt: their keys and values; schedule: the time projections of one timestep; step: one UNet
-    step on `batch` rows, two for each guided image, and DPM-Solver++(2M)'s update; decode: one image.
+    text: CLIP on `batch` prompts; prompt: their keys and values; schedule: the time projections of one timestep; step: one step
+    of a sampler on `batch` rows of the UNet, two for each guided image if they are even; decode: the images.
     """
     calls: dict[str, Counter[Call]] = {stage: Counter() for stage in STAGES}
-    latent = pixels // config.vae.downscale
-    with torch.device("meta"), torch.no_grad():
-        ids, x = torch.zeros(batch, 77, dtype=torch.int64), torch.empty(batch, latent, latent, config.unet.in_channels)
-        CLIPText(config.text_encoder, recording(calls["text"]))(ids)
-        context = torch.empty(batch, ids.shape[1], config.unet.cross_attention_dim)
-        keys = UNet(config.unet, recording(calls["prompt"])).project_context(context)
-        time = UNet(config.unet, recording(calls["schedule"])).project_time(torch.zeros(1)).expand(batch, -1)
-        UNet(config.unet, recording(calls["step"]))(x, time, keys)
-        images = max(1, batch // 2)
-        row = StepRow(torch.empty(images, 2, 4), torch.empty(images))
-        recording(calls["step"]).sampler_step(torch.empty(2, *x[:images].shape), x, None, row)
-        VAE(config.vae, recording(calls["decode"])).decode(x[:1])
+    guided = batch % 2 == 0
+    tracing.run_stages(
+        config,
+        lambda stage: recording(calls[stage]),
+        torch.float32,
+        pixels=pixels,
+        images=batch // 2 if guided else batch,
+        guided=guided,
+        prompts=batch,
+        steps=[1],
+        stages=STAGES,
+    )
     return calls
 
 
@@ -139,22 +122,21 @@ def recording(calls: Counter[Call]) -> Ops:
         return tensor.shape
 
     def shaped(value: Any) -> Any:
+        if isinstance(value, StepRow) and value.step is not None:  # one row of the table, by itself
+            value = StepRow(value.update[0], value.guidance, value.rescale)
         # A size that is an argument itself, as upsample_conv2d's, is not a tensor's.
         return replaced(tuple(value) if isinstance(value, torch.Size) else value, Tensor, shape)
 
-    def record(name: str) -> Callable[..., Any]:
-        def op(*arguments: Any, **options: Any) -> Any:
-            shapes = [shaped(value) for value in arguments]
-            while shapes and shapes[-1] is None:
-                shapes.pop()
-            named = sorted((key, shaped(value)) for key, value in options.items())
-            result = getattr(REFERENCE, name)(*arguments, **options)
-            if name == "project_heads":
-                width = result[0].shape[-1]
-                result = tuple(F.pad(heads, (0, stored_width(width) - width)) for heads in result)
-            calls[Call(name, tuple(shapes), tuple(named), shaped(result))] += 1
-            return result
+    def record(name: str, op: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        shapes = [shaped(value) for value in arguments]
+        while shapes and shapes[-1] is None:
+            shapes.pop()
+        named = sorted((key, shaped(value)) for key, value in options.items())
+        result = op(*arguments, **options)
+        if name == "project_heads":
+            width = result[0].shape[-1]
+            result = tuple(F.pad(heads, (0, stored_width(width) - width)) for heads in result)
+        calls[Call(name, tuple(shapes), tuple(named), shaped(result))] += 1
+        return result
 
-        return op
-
-    return Ops(name="recording", **{field.name: record(field.name) for field in fields(Ops) if field.name != "name"})
+    return tracing.around(REFERENCE, "recording", record)

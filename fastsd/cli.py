@@ -1,10 +1,11 @@
-"""The command line: `fastsd generate | info | samplers`, also as `python -m fastsd`.
+"""The command line: `fastsd generate | compile | verify | info | samplers`, also as `python -m fastsd`.
 
 Results (paths and seeds, tables) go to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 a wrong option or
 value, 130 interrupted. An error is one line, what is wrong and how to mend it; --debug puts the traceback before it.
 """
 
 import logging
+import os
 import platform
 import re
 import sys
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fastsd.errors import FastSDError, ImageError, ParameterError, PromptError
+from fastsd.errors import FastSDError, ImageError, NumericsError, ParameterError, PromptError
 from fastsd.metadata import check_output_path, save_image
 
 # What is slow to import (torch and what needs it) is imported inside the commands: help and usage errors do without.
@@ -33,6 +34,7 @@ _OPTIONS = {
     "num_images_per_prompt": "--batch",
     "clip_skip": "clip_skip (--clip-skip minus 1)",
     **{name: f"--{name}" for name in ("height", "width", "seed", "eta", "device", "dtype", "backend")},
+    **{name: f"--{name}" for name in ("arch", "preset", "size", "batch", "steps")},
 }
 
 
@@ -168,6 +170,78 @@ def generate(
         typer.echo(f"{_one_line(str(path))}\tseed {image_seed}")
     if not quiet:
         typer.echo(", ".join(f"{stage} {ms:.0f} ms" for stage, ms in result.timings.items()), err=True)
+
+
+@app.command("compile")
+def compile_kernels(
+    arch: Annotated[str, typer.Option(help="The GPU's compute capability, e.g. sm_90.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="A diffusers folder or a Hugging Face Hub id.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="sd15 or sd21, without a model at hand.")] = None,
+    size: Annotated[int | None, typer.Option(help="Pixels of a square picture.", show_default="the model's")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float16",
+    batch: Annotated[int, typer.Option("--batch", "-b", help="Images of one prompt, drawn together.")] = 1,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", min=1, help="Processes that compile.", show_default="one a core")
+    ] = None,
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Where Triton's cache lies.", show_default="TRITON_CACHE_DIR, ~/.triton/cache")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Compile the Triton kernels of a model for a GPU that need not be here, as when a container is built."""
+    from fastsd import compiling
+
+    target = compiling.check_target(arch, model, preset, size, dtype, batch, revision)
+    done = compiling.compile_kernels(target, jobs or os.cpu_count() or 1, cache_dir)
+    typer.echo(
+        f"{done.kernels} kernels for {arch}, {done.new} of them new, in {done.seconds:.0f} s; cache: {done.cache}"
+    )
+
+
+@app.command()
+def verify(
+    model: Annotated[
+        str | None, typer.Argument(help="A diffusers folder or a Hugging Face Hub id.", show_default="the bundled one")
+    ] = None,
+    size: Annotated[int | None, typer.Option(help="Pixels of a square picture.", show_default="the model's")] = None,
+    steps: Annotated[int, typer.Option(help="Sampling steps, each of them compared.")] = 4,
+    precise: Annotated[bool, typer.Option("--precise", help="Compute the reference in fp64 instead of fp32.")] = False,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to draw.")] = "a red circle",
+    seed: Annotated[int, typer.Option("--seed", "-s")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, or one that `fastsd info` lists.")] = "auto",
+    variant: Annotated[str | None, typer.Option(help="Which weight files of the model, e.g. fp16.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Also read .bin weights (never code).")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Compare the fast path with plain PyTorch, op by op, step by step and by the picture. Exit code 1 if one is off."""
+    from fastsd import verify as verifying
+
+    report = verifying.verify(
+        model,
+        device=device,
+        dtype=dtype,
+        backend=backend,
+        size=size,
+        steps=steps,
+        precise=precise,
+        prompt=prompt,
+        seed=seed,
+        variant=variant,
+        revision=revision,
+        allow_pickle=allow_pickle,
+    )
+    typer.echo(report.about)
+    rows = [("WHAT", "CALLS", "WORST", "PYTORCH", "GATE", "VERDICT", "WHERE")]
+    rows += [(row.name, str(row.calls), row.worst, row.plain, row.gate, row.verdict, row.where) for row in report.rows]
+    _print_table(rows)
+    if report.failed:
+        raise NumericsError(f"beyond the gate: {', '.join(row.name for row in report.failed)}")
 
 
 @app.command()
