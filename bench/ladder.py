@@ -1,15 +1,12 @@
 """fastsd, part by part: from plain PyTorch to all that makes it fast, one op a rung, so that each shows what it gains."""
 
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
 
 import fastsd
-import fastsd.pipeline
 from bench.workloads import GUIDANCE, PROMPT, Case, Contender, Drawn, Inputs
 from fastsd.backends import select_ops, triton_ops
 from fastsd.ops import REFERENCE, Ops
@@ -50,11 +47,7 @@ class Engine:
     def pipeline(self, folder: str, device: str, dtype: str) -> fastsd.Pipeline:
         # A CPU has no graphs to ask for.
         options: dict[str, Any] = {"graphs": self.graphs} if torch.device(device).type == "cuda" else {}
-        ops = self.ops(torch.device(device))
-        # A mixed set has no name of its own to be asked for by.
-        mixed = patch.object(fastsd.pipeline, "select_ops", lambda *_: ops) if self.swapped else nullcontext()
-        with mixed:
-            return fastsd.Pipeline(folder, device=device, dtype=dtype, backend=self.backend, **options)
+        return fastsd.Pipeline(folder, device=device, dtype=dtype, backend=self.ops(torch.device(device)), **options)
 
 
 def standard(device: torch.device) -> dict[str, Engine]:

@@ -15,14 +15,11 @@ from torch import Tensor
 from fastsd.checkpoints import open_folder
 from fastsd.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
 from fastsd.device import DTYPES
-from tests.tolerances import IMAGE_PSNR, NET, UNET_STEP
+from tests.tolerances import HALF_IMAGE_PSNR, IMAGE_PSNR, NET, UNET_STEP
 
 PROMPT = "a large red circle in the center on a white background"
 GUIDANCE = 7.5
 SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-HALF_IMAGE_PSNR = {torch.float16: 45.0, torch.bfloat16: 36.0}
-"""Lowest PSNR in dB of two half-precision pictures: diffusers rounds the latents at every step, fastsd does not. Measured on
-random weights, 6 to 50 steps: 56 and 38 dB at least; a picture of one step more: 36 dB at most."""
 
 
 @dataclass(frozen=True)

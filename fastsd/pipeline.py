@@ -30,6 +30,7 @@ from fastsd.models.clip import CLIPText
 from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE
 from fastsd.noise import NoiseSource
+from fastsd.ops import Ops
 from fastsd.prompt import encode_request
 from fastsd.request import Request, StepCallback, check_request, check_seeds
 from fastsd.result import Result
@@ -55,7 +56,7 @@ class Pipeline:
         *,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
-        backend: str = "auto",
+        backend: str | Ops = "auto",
         variant: str | None = None,
         revision: str | None = None,
         token: str | None = None,
@@ -68,7 +69,7 @@ class Pipeline:
 
         device: "auto" (cuda if there is one, else cpu), "cpu", "cuda", "cuda:1". dtype: "auto" (fp16 on cuda, fp32 on the
         cpu), "float32", "float16", "bfloat16" or a torch.dtype. backend: "auto"; "reference" is plain PyTorch, "onednn" that
-        with packed weights on the CPU, "triton" our kernels on the GPU.
+        with packed weights on the CPU, "triton" our kernels on the GPU; or an `fastsd.ops.Ops` of your own mixing.
         variant: which weight files, e.g. "fp16". revision, token, cache_dir, local_files_only: as huggingface_hub takes
         them. allow_pickle: also read `.bin` weights, which old folders hold (never code).
         graphs: on a GPU, capture each stage of a size in a CUDA graph the second time it is drawn; GRAPH_MEMORY bounds them.
@@ -82,7 +83,7 @@ class Pipeline:
             text_or_none(name, value)
         self.device = select_device(device)
         self.dtype = select_dtype(dtype, self.device)
-        self.ops = select_ops(backend, self.device)
+        self.ops = backend if isinstance(backend, Ops) else select_ops(backend, self.device)
         path = resolve(
             model,
             revision=revision,

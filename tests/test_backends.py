@@ -1,5 +1,6 @@
 """Which ops a device gets, and that nothing is routed elsewhere unseen."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -99,3 +100,12 @@ def test_a_picture_on_the_kernels(pipe: fastsd.Pipeline) -> None:
     ours = fastsd.Pipeline(device=DEVICE, dtype="float32", backend="triton")
     drawn, expected = (one.generate("a blue square", output_type="np", **arguments).images for one in (ours, pipe))
     assert psnr(drawn, expected) >= IMAGE_PSNR
+
+
+def test_ops_of_ones_own_mixing() -> None:
+    """How an error is bisected: one op swapped, and it is that op that runs."""
+    calls = []
+    counted = replace(REFERENCE, geglu=lambda *arguments: calls.append(1) or REFERENCE.geglu(*arguments))
+    mixed = fastsd.Pipeline(device="cpu", backend=counted)
+    mixed.generate("a blue square", num_inference_steps=1, seed=3)
+    assert calls
