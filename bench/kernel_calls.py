@@ -6,18 +6,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from triton.errors import TritonError
 
 from bench.shapes import Call, replaced
 from fastsd import backends
 from fastsd.kernels import conv2d, conv2d_norm, flash_attn, geglu, gemm, groupnorm_silu, heads, layernorm, sampler_step
 from fastsd.kernels.heads import stored_width
-from fastsd.kernels.launch import shared_memory
+from fastsd.kernels.launch import BUILD_ERRORS, shared_memory
 from fastsd.ops import REFERENCE
 from fastsd.verify import relative
 from tests.tolerances import OPS
-
-BUILD_ERRORS = (TritonError, RuntimeError)  # Triton's own, and those of MLIR's passes
 
 
 class Kernel(NamedTuple):

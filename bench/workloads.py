@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fastsd.checkpoints import open_folder
-from fastsd.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
+from fastsd.config import ModelConfig
 from fastsd.device import DTYPES
+from fastsd.verify import psnr
 from tests.tolerances import HALF_IMAGE_PSNR, IMAGE_PSNR, NET, UNET_STEP
 
 PROMPT = "a large red circle in the center on a white background"
@@ -103,17 +104,7 @@ class Inputs:
 
 def model_config(folder: str | Path) -> ModelConfig:
     opened = open_folder(Path(folder))
-    return ModelConfig(
-        text_encoder=CLIPConfig.from_json(opened.text_encoder),
-        unet=UNetConfig.from_json(opened.unet),
-        vae=VAEConfig.from_json(opened.vae),
-    )
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal to noise ratio of pictures in [0, 1], in dB."""
-    error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
-    return float("inf") if error == 0 else -10.0 * float(np.log10(error))
+    return ModelConfig.from_json(opened.text_encoder, opened.unet, opened.vae)
 
 
 def picture_gate(ours: np.ndarray, theirs: np.ndarray, dtype: torch.dtype) -> str | None:

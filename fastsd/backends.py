@@ -37,10 +37,9 @@ def select_ops(backend: str, device: torch.device) -> Ops:
     return onednn_ops() if packed and backend != "reference" else REFERENCE
 
 
-def refresh_weights(chosen: Ops) -> None:
+def refresh_weights() -> None:
     """Bring the packed copies of weights that have changed up to date, in place, for graphs that read them."""
-    if chosen.name == "triton":
-        packing.refresh_all()
+    packing.refresh_all()
 
 
 def runs_triton(device: torch.device) -> bool:
@@ -115,16 +114,22 @@ def _tuned(
     library = getattr(REFERENCE, name)
 
     def op(x: Tensor, *arguments: Any, **options: Any) -> Any:
-        tensors = (value for value in (x, *arguments, *options.values()) if isinstance(value, Tensor))
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        if torch.is_grad_enabled() and _wants_gradient((x, *arguments, *options.values())):
             raise ValueError("the Triton kernels have no gradient: run them in torch.no_grad(), and train on REFERENCE")
-        tuned_for = tuned.lookup(tuned.problem(name, x, *arguments, **options), launch.arch_of(x.device))
-        if tuned_for is not None and tuned_for.use == "library":
+        config = tuned.choose(launch.arch_of(x.device), name, x, *arguments, **options)
+        if config == tuned.LIBRARY:
             return library(x, *arguments, **options)
-        config = None if tuned_for is None or tuned_for.config is None else config_type(*tuned_for.config)
+        config = None if config is None else config_type(*config)
         return kernel(x if strided else x.contiguous(), *arguments, **options, config=config)
 
     return op
+
+
+def _wants_gradient(value: Any) -> bool:
+    """Whether a tensor in it, however deep, is to get one."""
+    if isinstance(value, tuple | list):
+        return any(map(_wants_gradient, value))
+    return isinstance(value, Tensor) and value.requires_grad
 
 
 def sampler_step(state: Tensor, out: Tensor, noise: Tensor | None, row: StepRow, config: Any = None) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from fastsd import tracing
 from fastsd.checkpoints import open_folder, resolve
 from fastsd.checks import choice, integer
-from fastsd.config import SD15, SD21, CLIPConfig, ModelConfig, UNetConfig, VAEConfig
+from fastsd.config import SD15, SD21, ModelConfig
 from fastsd.device import DTYPES
 from fastsd.errors import FastSDError, ParameterError
 from fastsd.wording import quoted
@@ -97,8 +97,9 @@ def planned(target: Target) -> "tuple[Launch, ...]":
 def _compile(target: Target, index: int) -> bool:
     """In a process of its own: one of the planned launches. Whether it was new."""
     import triton
-    from triton.errors import TritonError
     from triton.runtime import driver
+
+    from fastsd.launches import BUILD_ERRORS
 
     new = []
 
@@ -110,7 +111,7 @@ def _compile(target: Target, index: int) -> bool:
     launch = planned(target)[index]
     try:
         launch.warm()
-    except (TritonError, RuntimeError) as error:  # Triton's own, and those of MLIR's passes
+    except BUILD_ERRORS as error:
         line = str(error).strip().partition("\n")[0]
         raise FastSDError(f"{launch.kernel.__name__} does not compile for sm_{target.arch}: {line}") from error
     return any(new)
@@ -169,8 +170,4 @@ def check_target(
 
 def _configs(model: str, revision: str | None) -> ModelConfig:
     folder = open_folder(resolve(model, revision=revision))
-    return ModelConfig(
-        text_encoder=CLIPConfig.from_json(folder.text_encoder),
-        unet=UNetConfig.from_json(folder.unet),
-        vae=VAEConfig.from_json(folder.vae),
-    )
+    return ModelConfig.from_json(folder.text_encoder, folder.unet, folder.vae)

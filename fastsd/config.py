@@ -173,6 +173,13 @@ class ModelConfig:
     unet: UNetConfig
     vae: VAEConfig
 
+    @classmethod
+    def from_json(
+        cls, text_encoder: Mapping[str, Any], unet: Mapping[str, Any], vae: Mapping[str, Any]
+    ) -> "ModelConfig":
+        """From the three config.json of a diffusers folder."""
+        return cls(CLIPConfig.from_json(text_encoder), UNetConfig.from_json(unet), VAEConfig.from_json(vae))
+
     def __post_init__(self) -> None:
         context, hidden = self.unet.cross_attention_dim, self.text_encoder.hidden_size
         if context != hidden:

@@ -68,7 +68,8 @@ class Captured(Generic[T]):
     """What the call reads and writes, kept alive with it."""
     replay: Callable[[], None]
     output: T
-    bytes: int
+    bytes: int = 0
+    """Of device memory, buffers and all; counted by `Graphs`."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -78,9 +79,8 @@ def capture(function: Callable[[], T], buffers: Any = None, api: API | None = No
     By default on the current CUDA device.
     """
     api = api or CudaGraphs(torch.device("cuda", torch.cuda.current_device()))
-    before = api.held()
     replay, output = api.capture(function)
-    return Captured(buffers, replay, output, max(0, api.held() - before))
+    return Captured(buffers, replay, output)
 
 
 class Graphs:
@@ -138,16 +138,18 @@ class Graphs:
                 self._seen.add(key)
                 return None
             try:
+                before = self.api.held()
                 buffers, call = make()
                 captured = capture(call, buffers, self.api)
+                captured.bytes = max(0, self.api.held() - before)
             except (RuntimeError, ValueError) as error:  # CUDA's refusals and out of memory are RuntimeErrors
                 self._failed.add(key)
-                logger.warning("no CUDA graph for %s, running without: %s", key, str(error).splitlines()[0])
+                logger.warning("no CUDA graph for %s, running without: %s", key, str(error).partition("\n")[0])
                 return None
             self.captures += 1
             self._graphs[key] = captured
             self._evict()
-            return self._graphs.get(key)
+            return captured
 
     def _evict(self) -> None:
         """Let the least recently used go until the budget holds; one graph alone may pass it."""

@@ -24,6 +24,7 @@ from fastsd.kernels import (
 )
 from fastsd.kernels.heads import pack as pack_heads
 from fastsd.kernels.heads import stored_width
+from fastsd.kernels.launch import BUILD_ERRORS as BUILD_ERRORS
 from fastsd.kernels.launch import SHARED_MEMORY, Launch
 from fastsd.ops import REFERENCE, Ops, StepRow
 from fastsd.tracing import around, signature
@@ -165,10 +166,10 @@ def planning(arch: int, keep: Callable[[Launch], object]) -> Ops:
     """Ops for nets on meta: every launch that a call makes on this compute capability is handed to `keep`."""
 
     def call(op: str, library: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        entry = tuned.lookup(tuned.problem(op, *arguments, **options), arch)
-        if entry is not None and entry.use == "library":
+        config = tuned.choose(arch, op, *arguments, **options)
+        if config == tuned.LIBRARY:
             return library(*arguments, **options)
-        config = None if entry is None or entry.config is None else PLANS[op][1](*entry.config)
+        config = None if config is None else PLANS[op][1](*config)
         named = signature(op).bind(*arguments, **options).arguments
         if op != "attention":  # which takes any strides
             first = next(iter(named))

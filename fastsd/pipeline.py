@@ -21,7 +21,7 @@ from fastsd import images, metadata
 from fastsd.backends import refresh_weights, select_ops
 from fastsd.checkpoints import open_folder, resolve
 from fastsd.checks import choice, float_tensor, text_or_none
-from fastsd.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
+from fastsd.config import CLIPConfig, ModelConfig
 from fastsd.denoise import Denoiser, Walk
 from fastsd.device import Stopwatch, computing, select_device, select_dtype
 from fastsd.errors import CheckpointError, NumericsError, ParameterError
@@ -96,11 +96,7 @@ class Pipeline:
         self.name = (
             Path(model).resolve().name if Path(model).is_dir() else str(model)
         )  # never a path: it goes into files
-        self.config = ModelConfig(
-            text_encoder=CLIPConfig.from_json(folder.text_encoder),
-            unet=UNetConfig.from_json(folder.unet),
-            vae=VAEConfig.from_json(folder.vae),
-        )
+        self.config = ModelConfig.from_json(folder.text_encoder, folder.unet, folder.vae)
         # Stable Diffusion was trained to be sampled from timestep 1; diffusers overrides older configs likewise.
         self.noise_schedule = NoiseSchedule.from_config(folder.scheduler | {"steps_offset": 1})
         self.tokenizer = Tokenizer.from_folder(folder.tokenizer)
@@ -278,7 +274,7 @@ class Pipeline:
         """Let graphs see weights that were changed in place; forget them where weights were moved."""
         if self.graphs is None:
             return
-        refresh_weights(self.ops)
+        refresh_weights()
         nets = (self.text_encoder, self.unet, self.vae)
         at = [parameter.data_ptr() for net in nets for parameter in net.parameters()]
         if at != self._weights_at:

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import cache, partial
+from math import isqrt
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from fastsd.checks import integer
 from fastsd.config import CLIPConfig, UNetConfig, VAEConfig
 from fastsd.denoise import Buffers, Walk, advance
 from fastsd.errors import ParameterError
+from fastsd.images import MAX_PIXELS
 from fastsd.models.clip import CLIPText
 from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE
@@ -38,8 +40,8 @@ class Nets(Protocol):
     def vae(self) -> VAEConfig: ...
 
 
-LARGEST = 4096
-"""Pixels of a side: a picture's budget (16.8 million)."""
+LARGEST = isqrt(MAX_PIXELS)
+"""Pixels of a side, if a square picture takes the whole budget."""
 
 
 def side(nets: Nets, size: int | None) -> int:

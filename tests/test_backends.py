@@ -79,6 +79,8 @@ def test_a_gradient_is_refused() -> None:
     linear = backends.triton_ops().linear
     with pytest.raises(ValueError, match="no gradient"):
         linear(draw(4, 8, seed=0), w)
+    with pytest.raises(ValueError, match="no gradient"):
+        backends.triton_ops().project_heads(draw(1, 4, 8, seed=0), [w], None, 1)
     with torch.no_grad():
         linear(draw(4, 8, seed=0), w)
 

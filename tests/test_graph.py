@@ -78,6 +78,21 @@ def test_the_least_recently_used_goes_when_the_budget_is_spent() -> None:
     assert graphs.captures == captures + 1
 
 
+def test_buffers_count_with_the_graph_that_reads_them() -> None:
+    api = StandIn(100)
+    graphs = Graphs(api, 1000)
+
+    def make() -> tuple[Tensor, Callable[[], Tensor]]:
+        api.bytes += 40
+        buffer = torch.ones(1)
+        return buffer, lambda: buffer * 2
+
+    for _ in range(2):
+        with graphs.lease("a", make):
+            pass
+    assert graphs.held == 140
+
+
 def test_one_graph_may_pass_the_budget_alone() -> None:
     graphs = Graphs(StandIn(1000), 10)
     for _ in range(3):

@@ -249,8 +249,7 @@ def upsample_conv2d(
 
     size (H', W') may be one less than twice the input's, either way. ValueError for other sizes, and as in `conv2d`.
     """
-    if x.ndim != 4 or w.ndim != 4 or w.shape[2:] != (3, 3) or not x.numel():
-        raise ValueError(f"x must be [B, H, W, C] and w [O, C, 3, 3], not {list(x.shape)} and {list(w.shape)}")
+    check_3x3(x, w)
     batch, height, width, _ = x.shape
     twice = (2 * height, 2 * width)
     target = twice if size is None else (size[0], size[1])
@@ -263,6 +262,12 @@ def upsample_conv2d(
     for launch in plan_upsample_conv2d(x, packed, b, out, arch_of(x.device), config):
         launch.run()
     return out
+
+
+def check_3x3(x: Tensor, w: Tensor) -> None:
+    """ValueError unless x is [B, H, W, C] with elements and w [O, C, 3, 3]."""
+    if x.ndim != 4 or w.ndim != 4 or w.shape[2:] != (3, 3) or not x.numel():
+        raise ValueError(f"x must be [B, H, W, C] and w [O, C, 3, 3], not {list(x.shape)} and {list(w.shape)}")
 
 
 def check(x: Tensor, w: Tensor, epilogue: Epilogue, out: Tensor, shape: tuple[int, ...]) -> None:

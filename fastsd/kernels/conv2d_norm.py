@@ -61,8 +61,7 @@ def conv2d_norm(
 ) -> Tensor:
     """silu(group_norm(conv2d(x, w, b) + channel_bias)), padding 1. x [B, H, W, C], w [O, C, 3, 3], b norm_w norm_b [O],
     channel_bias [B, O] → [B, H, W, O]. ValueError as in `conv2d` and `group_norm`."""
-    if x.ndim != 4 or w.ndim != 4 or w.shape[2:] != (3, 3) or not x.numel():
-        raise ValueError(f"x must be [B, H, W, C] and w [O, C, 3, 3], not {list(x.shape)} and {list(w.shape)}")
+    conv2d.check_3x3(x, w)
     n = w.shape[0]
     shape = (*x.shape[:3], n)
     out = torch.empty(shape, dtype=x.dtype, device=x.device) if out is None else out

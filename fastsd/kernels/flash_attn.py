@@ -16,11 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsd.kernels.attention_tiles import advance, at_once, load_rows, scores, store_rows
-from fastsd.kernels.launch import FLOATS, Launch
+from fastsd.kernels.launch import FLOATS, SHARED_MEMORY, Launch
 
-SMALLEST_SHARED = 101376
+SMALLEST_SHARED = min(SHARED_MEMORY.values())
 """Bytes of shared memory a program may have on sm_86 and sm_89, the least of the GPUs served."""
-SM80_SHARED = 166912
+SM80_SHARED = SHARED_MEMORY[80]
 """The same on sm_80; sm_90 and sm_100 have 232448."""
 LOG2E = 1.4426950408889634
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.errors import TritonError
 
 TYPE_NAMES = {
     torch.float16: "fp16",
@@ -16,6 +17,9 @@ TYPE_NAMES = {
     torch.int64: "i64",
     torch.uint8: "u8",
 }
+
+BUILD_ERRORS = (TritonError, RuntimeError)
+"""What compiling may raise: Triton's own errors, and those of MLIR's passes."""
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 """What the kernels compute in and on."""

@@ -132,6 +132,17 @@ def lookup(problem: Problem, arch: int, folder: Path = CONFIGS) -> Entry | None:
     return nearest if near else None
 
 
+LIBRARY = "library"
+
+
+def choose(arch: int, op: str, *arguments: Any, **options: Any) -> tuple[int, ...] | str | None:
+    """What a call of an op shall run: the kernel with the fields of this config, with the chooser's (None), or LIBRARY."""
+    entry = lookup(problem(op, *arguments, **options), arch)
+    if entry is None:
+        return None
+    return LIBRARY if entry.use == LIBRARY else entry.config
+
+
 def has(arch: int, folder: Path = CONFIGS) -> bool:
     """Whether anything was measured on GPUs of this compute capability."""
     return bool(_entries(folder / f"sm_{arch}.json"))

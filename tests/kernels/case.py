@@ -1,8 +1,13 @@
 """What every kernel test needs: inputs, the gates, and an output whose surroundings tell of a stray store."""
 
+import os
+import subprocess
+import sys
+
 import torch
 from torch import Tensor
 
+from bench.record import ROOT
 from tests.oracle import relative_l2
 from tests.tolerances import OPS
 
@@ -15,6 +20,13 @@ CANARY = -777.0
 def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, mean: float = 0.0) -> Tensor:
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale + mean
     return values.to(DEVICE, dtype)
+
+
+def run_compiled(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Python on these arguments in a process without the interpreter, whose functions cannot be compiled."""
+    inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=inherited | environment, capture_output=True, text=True, check=False)
 
 
 class Output:

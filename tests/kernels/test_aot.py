@@ -1,20 +1,14 @@
 """The compiler's gates: what the interpreter cannot see. The whole table is `python -m bench.aot`."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
-from bench.record import ROOT
+from tests.kernels.case import run_compiled
 
 
 @pytest.mark.parametrize("arch", ["80", "90"])
 def test_the_most_used_kernels_compile_within_their_gates(arch: str) -> None:
     """In a process without the interpreter: no spill, shared memory within the architecture's, HGMMA on sm_90."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.aot", "--model", "sd15", "--arch", arch, "--fast"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = run_compiled("-m", "bench.aot", "--model", "sd15", "--arch", arch, "--fast")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "8 kernels compiled" in done.stdout
     assert "linear_kernel" in done.stdout
@@ -37,10 +31,7 @@ def test_the_gates_see_what_they_should() -> None:
         "slow = aot.Compiled(90, 'linear_kernel', '', 100, 0, 1000, 0, 1)\n"
         "assert 'HGMMA' in slow.breach\n"
     )
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    done = run_compiled("-c", code)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -67,8 +58,5 @@ def test_sizes_of_one_compile() -> None:
         "for launch in launches:\n"
         "    launch.compile(90)\n"
     )
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    done = run_compiled("-c", code)
     assert done.returncode == 0, done.stdout + done.stderr

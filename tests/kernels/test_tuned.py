@@ -1,9 +1,6 @@
 """Problems, the files of configs and what is found in them; the candidates that a tuner times; warming Triton's cache."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.record import ROOT
 from bench.shapes import trace
 from fastsd.config import TINY
 from fastsd.kernels import geglu, gemm, groupnorm_silu, layernorm, tuned
 from fastsd.kernels.launch import SHARED_MEMORY, shared_memory
 from fastsd.kernels.tuned import Entry, Problem, lookup, problem
 from fastsd.ops import REFERENCE, Shortcut
-from tests.kernels.case import Output, draw
+from tests.kernels.case import Output, draw, run_compiled
 
 HALF = torch.float16
 
@@ -260,7 +256,5 @@ def test_warm_compiles_what_another_process_finds(tmp_path: Path) -> None:
         "launch.warm()\n"
         f"assert sorted(Path({str(tmp_path)!r}).rglob('*')) == files\n"
     )
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = run_compiled("-c", code, TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr
