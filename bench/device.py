@@ -33,7 +33,9 @@ CONFIGS = ROOT / "fastsd" / "kernels" / "configs"
 WEIGHTS = {"environment": 3, "tests": 22, "tune": 34, "kernels": 12, "latency": 20, "profile": 9}
 """The stages in their order, and how the time is shared out among those that run."""
 GRACE = 10.0
-"""How many seconds before its end, a tenth of its share at most, a stage is interrupted: pytest then still writes its results."""
+"""How many seconds before its end a stage is interrupted: pytest then still writes its results."""
+GRACE_SHARE = 0.1
+"""And how much of its time that may be at most."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ def execute(command: Sequence[str], box: float, log: Any, environment: Mapping[s
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0
     )
-    grace = min(GRACE, box / 10)
+    grace = min(GRACE, box * GRACE_SHARE)
     late = False
     try:
         try:

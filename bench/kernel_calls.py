@@ -65,7 +65,7 @@ KERNELS = {
         groupnorm_silu.group_norm,
         groupnorm_silu.Config,
         lambda arch, x, w, b, groups, eps, silu=False, skip=None: groupnorm_silu.candidates(
-            x.shape[0], x[0, ..., 0].numel(), x.shape[-1], 0 if skip is None else skip.shape[-1]
+            x.shape[0], x[0, ..., 0].numel(), x.shape[-1], groups, 0 if skip is None else skip.shape[-1]
         ),
     ),
     "project_heads": Kernel(

@@ -2,6 +2,8 @@
 
 The convolution's epilogue holds each value in fp32 once: (mean, M2) of its tile costs no read, where `groupnorm_silu` reads
 the whole image again. Writes and reads M·O elements once each beyond the convolution's own reads, and M·O for the result.
+
+Where the convolution's depth is split and an image is small, one kernel adds the parts and normalises the sums: two launches.
 """
 
 import torch
@@ -10,9 +12,12 @@ from torch import Tensor
 
 from fastsd.kernels import conv2d, groupnorm_silu
 from fastsd.kernels.gemm import Config
+from fastsd.kernels.groupnorm_whole import add_parts_norm_kernel
 from fastsd.kernels.launch import Launch, arch_of, check_operands
 
 PAD = (1, 1, 1, 1)
+MOST_VALUES = 16384
+"""Of a group of an image that a CTA holds in registers: 64 a thread of 8 warps."""
 
 
 def plan_conv2d_norm(
@@ -35,8 +40,27 @@ def plan_conv2d_norm(
     batch, height, width, n = out.shape
     pixels = height * width
     config = config or conv2d.choose_config(batch * pixels, n, x.shape[-1], 9, 1, x.dtype, arch)
-    chunk = conv2d.statistics_chunk(config, n)
+    block_p, block_w = triton.next_power_of_2(pixels), triton.next_power_of_2(n // groups)
     y = torch.empty_like(out)
+    if config.split_k > 1 and block_p * block_w <= MOST_VALUES:
+        multiply, _ = conv2d.plan_conv2d(x, w, 1, PAD, conv2d.Epilogue(b, channel_bias), y, arch, config)
+        parts = multiply.arguments["out_ptr"]
+        added = {"parts_ptr": parts, "b_ptr": b, "channel_bias_ptr": b if channel_bias is None else channel_bias}
+        stride = {"channel_bias_stride": n if channel_bias is None else channel_bias.stride(0)}
+        add = Launch(
+            add_parts_norm_kernel,
+            (groups, batch),
+            added
+            | {"norm_w_ptr": norm_w, "norm_b_ptr": norm_b, "out_ptr": out, "PIXELS": pixels, "eps": float(eps)}
+            | stride,
+            {
+                **{"N": n, "WIDTH": n // groups, "HAS_CHANNEL_BIAS": channel_bias is not None},
+                **{"SPLIT_K": config.split_k, "EVEN": pixels == block_p, "BLOCK_P": block_p, "BLOCK_W": block_w},
+            },
+            num_warps=8 if block_p * block_w > 4096 else 4,
+        )
+        return [multiply, add]
+    chunk = conv2d.statistics_chunk(config, n)
     if pixels % chunk:
         launches = conv2d.plan_conv2d(x, w, 1, PAD, conv2d.Epilogue(b, channel_bias), y, arch, config)
         return launches + groupnorm_silu.plan_group_norm(y, norm_w, norm_b, groups, eps, True, None, out)

@@ -45,7 +45,12 @@ def choose_config(m: int, n: int, k: int, dtype: torch.dtype, arch: int) -> Conf
 
 
 def _split(m: int, n: int, k: int, block_m: int, block_n: int) -> int:
-    """Parts of K that bring the CTAs of a 132-SM GPU near one wave, each part at least 256 deep."""
+    """Parts of K that bring the CTAs of a 132-SM GPU near one wave, each part at least 256 deep.
+
+    One part below 2048: adding the parts takes a second launch, as long as some 16 blocks of the depth take.
+    """
+    if k < 2048:
+        return 1
     ctas = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
     return max(1, min(132 // ctas, k // 256, 16))
 

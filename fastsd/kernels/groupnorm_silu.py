@@ -4,6 +4,7 @@ Reads B·H·W·C elements twice and writes them once: bound by memory. Two kerne
 `statistics_kernel` leaves (mean, M2) of each channel of each chunk of pixels, `apply_kernel` merges those of the groups it
 touches (Chan, Golub & LeVeque 1983) and normalises its chunk. Tiles are runs of channels, whatever the width of a group.
 A skip is read through its own pointer: a tile lies wholly in x or wholly in the skip, a group may lie in both.
+Small images take one kernel instead, a CTA a group: `groupnorm_whole`.
 
 All statistics are of x − pivot, the pivot being the first value of the group in its image: where the mean is 1000 times the
 deviation, the mean itself does not fit fp32.
@@ -17,21 +18,39 @@ import triton
 from torch import Tensor
 
 from fastsd.kernels.groupnorm_kernels import apply_kernel, condense_kernel, statistics_kernel
+from fastsd.kernels.groupnorm_whole import whole_kernel
 from fastsd.kernels.launch import Launch, check_operands
 
 
 class Config(NamedTuple):
     block_pixels: int
     block_channels: int
-    steps: int  # tiles of block_pixels that one CTA walks
+    steps: int  # tiles of block_pixels that one CTA walks; 0: as many as there are, of one group, by `whole_kernel`
     num_warps: int
 
 
-def choose_config(batch: int, pixels: int, channels: int, skip_channels: int = 0) -> Config:
+WHOLE_PIXELS = 1024
+"""Up to here a CTA can walk all pixels of a group, 122 KB for 60 channels of fp16, in about the time of a second launch."""
+
+
+def choose_config(batch: int, pixels: int, channels: int, groups: int, skip_channels: int = 0) -> Config:
+    """One kernel up to WHOLE_PIXELS; two beyond. Untuned, for want of a device."""
+    if pixels <= WHOLE_PIXELS:
+        return _whole(pixels, (channels + skip_channels) // groups, elements=4096)
+    return choose_chunks(batch, pixels, channels, skip_channels)
+
+
+def _whole(pixels: int, width: int, elements: int) -> Config:
+    """Tiles of up to so many elements for 8 warps; 16 warps spill."""
+    block_w = triton.next_power_of_2(width)
+    return Config(max(1, min(triton.next_power_of_2(pixels), elements // block_w)), block_w, 0, num_warps=8)
+
+
+def choose_chunks(batch: int, pixels: int, channels: int, skip_channels: int = 0) -> Config:
     """At least 264 CTAs (two for each of 132 SMs) where the shape has them at 16 pixels each; from 512 on each takes more.
 
     Large images take narrow tiles: each CTA merges (its channels) × (all chunks), so that for as many CTAs half the width is a
-    quarter of the merging, and 32 channels of fp16 are still the 64 bytes of one DRAM burst. Untuned, for want of a device.
+    quarter of the merging, and 32 channels of fp16 are still the 64 bytes of one DRAM burst.
     """
     widest = triton.next_power_of_2(max(channels, skip_channels))
     block_channels = min(widest, 64 if pixels <= 1024 else 32)
@@ -44,14 +63,16 @@ def choose_config(batch: int, pixels: int, channels: int, skip_channels: int = 0
     return Config(block_pixels, block_channels, steps, num_warps=4)
 
 
-def candidates(batch: int, pixels: int, channels: int, skip_channels: int = 0) -> list[Config]:
+def candidates(batch: int, pixels: int, channels: int, groups: int, skip_channels: int = 0) -> list[Config]:
     """What a tuner should time, `choose_config`'s pick first: tiles of 2048 or 4096 elements, 264 or 528 CTAs, 4 or 8 warps.
 
-    More CTAs read with more in flight, and merge more partial statistics each.
+    More CTAs read with more in flight, and merge more partial statistics each. Up to four times WHOLE_PIXELS also one kernel.
     """
-    first = choose_config(batch, pixels, channels, skip_channels)
+    first = choose_config(batch, pixels, channels, groups, skip_channels)
     widest = triton.next_power_of_2(max(channels, skip_channels))
-    configs = []
+    configs: list[Config] = []
+    if pixels <= 4 * WHOLE_PIXELS:
+        configs += [_whole(pixels, (channels + skip_channels) // groups, elements) for elements in (4096, 8192)]
     for block_channels in sorted({min(widest, size) for size in (32, 64, 128)}):
         columns = batch * (triton.cdiv(channels, block_channels) + triton.cdiv(skip_channels, block_channels))
         for elements, num_warps in ((2048, 4), (4096, 4), (4096, 8)):
@@ -87,9 +108,11 @@ def plan_group_norm(
     out: Tensor,
     config: Config | None = None,
 ) -> list[Launch]:
-    """The two launches of `group_norm` into out [B, H, W, C+C₂]."""
+    """The launches of `group_norm` into out [B, H, W, C+C₂]."""
     batch, height, width, channels = out.shape
-    config = config or _chosen(x, skip)
+    config = config or choose_config(batch, height * width, x.shape[-1], groups, channels - x.shape[-1])
+    if config.steps == 0:
+        return [_plan_whole(x, w, b, groups, eps, silu, skip, out, config)]
     chunks = triton.cdiv(triton.cdiv(height * width, config.block_pixels), config.steps)
     partials = torch.empty(batch, chunks, 2, channels, dtype=torch.float32, device=x.device)
     inputs, grid, sizes, geometry = _tiles(x, skip, groups, config)
@@ -113,7 +136,7 @@ def plan_apply(
     config: Config | None = None,
 ) -> list[Launch]:
     """The launches of a group norm whose statistics are known already."""
-    config = config or _chosen(x, skip)
+    config = config or choose_chunks(x.shape[0], x.shape[1] * x.shape[2], x.shape[-1], out.shape[-1] - x.shape[-1])
     inputs, grid, sizes, geometry = _tiles(x, skip, groups, config)
     partials, chunk, pivoted = statistics
     batch, chunks, _, channels = partials.shape
@@ -162,8 +185,30 @@ def _fold(chunks: int) -> int:
     return fold
 
 
-def _chosen(x: Tensor, skip: Tensor | None) -> Config:
-    return choose_config(x.shape[0], x.shape[1] * x.shape[2], x.shape[-1], 0 if skip is None else skip.shape[-1])
+def _plan_whole(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    skip: Tensor | None,
+    out: Tensor,
+    config: Config,
+) -> Launch:
+    batch, height, width, c1 = x.shape
+    channels = out.shape[-1]
+    group = channels // groups
+    tensors = {"x_ptr": x, "skip_ptr": x if skip is None else skip, "w_ptr": w, "b_ptr": b, "out_ptr": out}
+    even = height * width % config.block_pixels == 0
+    blocks = {"EVEN": even, "BLOCK_P": config.block_pixels, "BLOCK_W": triton.next_power_of_2(group)}
+    return Launch(
+        whole_kernel,
+        (groups, batch),
+        tensors | {"PIXELS": height * width, "eps": float(eps)},
+        {"C1": c1, "C2": channels - c1, "WIDTH": group, "SILU": silu, **blocks},
+        config.num_warps,
+    )
 
 
 Arguments = dict[str, Tensor | int | float]

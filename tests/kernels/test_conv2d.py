@@ -106,7 +106,9 @@ def test_phase_weights_are_summed_in_fp32() -> None:
 NORMS = {
     # batch, height, width, in, out, groups, config
     "statistics in the epilogue": (2, 8, 8, 24, 40, 4, Config(32, 32, 16, 4, 2)),
-    "statistics where a split is added": (2, 8, 8, 40, 48, 8, Config(32, 16, 16, 4, 2, 5)),
+    "one kernel that adds a split and normalises": (2, 8, 8, 40, 48, 8, Config(32, 16, 16, 4, 2, 5)),
+    "the same, pixels and channels masked": (2, 5, 7, 24, 40, 4, Config(32, 32, 16, 4, 2, 3)),
+    "statistics where a split is added": (2, 16, 16, 16, 128, 1, Config(64, 64, 16, 4, 2, 2)),
     "an image that tiles do not divide": (2, 5, 7, 24, 40, 4, Config(32, 32, 16, 4, 2)),
     "so many chunks that they are condensed": (1, 16, 16, 8, 16, 4, Config(16, 16, 16, 4, 2)),
     "a group over two tiles of channels": (1, 4, 4, 16, 60, 3, Config(16, 16, 16, 4, 2)),
@@ -138,9 +140,10 @@ def test_conv2d_norm(dtype: torch.dtype, case: tuple, mean: float, monkeypatch: 
         out.check("conv2d_norm", truth, plain)
 
 
-def test_a_norm_without_time_row() -> None:
+@pytest.mark.parametrize("config", [None, Config(16, 16, 16, 4, 2, 2)], ids=["whole", "split"])
+def test_a_norm_without_time_row(config: Config | None) -> None:
     x, (w, b), norm = draw(1, 4, 4, 16, seed=0), draw_weights(16, 16, 3, torch.float32), draw(2, 16, seed=3)
-    y = conv2d_norm.conv2d_norm(x, w, b, None, norm[0], norm[1], 4, 1e-5)
+    y = conv2d_norm.conv2d_norm(x, w, b, None, norm[0], norm[1], 4, 1e-5, config=config)
     torch.testing.assert_close(y, REFERENCE.conv2d_norm(x, w, b, None, norm[0], norm[1], 4, 1e-5))
 
 

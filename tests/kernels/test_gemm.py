@@ -19,7 +19,7 @@ SHAPES = {
     "K below one block": (33, 40, 8),
     "exactly one tile": (64, 64, 64),
     "a group of tile rows and a bit": (65 * 9, 66, 64),
-    "split K, uneven parts": (20, 48, 832),
+    "split K, uneven parts": (20, 48, 2112),
 }
 
 
@@ -59,8 +59,8 @@ def test_every_split_gives_the_same_sum(dtype: torch.dtype, split: int) -> None:
 
 
 def test_a_split_runs_twice_to_the_same_bits() -> None:
-    x, w = draw(20, 832, seed=0, dtype=torch.float16), draw(48, 832, seed=1, dtype=torch.float16)
-    assert gemm.choose_config(20, 48, 832, torch.float16, 90).split_k > 1
+    x, w = draw(20, 2112, seed=0, dtype=torch.float16), draw(48, 2112, seed=1, dtype=torch.float16)
+    assert gemm.choose_config(20, 48, 2112, torch.float16, 90).split_k > 1
     assert torch.equal(gemm.linear(x, w), gemm.linear(x, w))
 
 

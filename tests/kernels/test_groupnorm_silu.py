@@ -1,4 +1,4 @@
-"""The group norm kernels against an fp64 truth, at most twice the reference's error."""
+"""The group norm kernels, two launches and one, against an fp64 truth, at most twice the reference's error."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastsd.kernels.groupnorm_silu import Config, choose_config, group_norm, plan_group_norm
+from fastsd.kernels.groupnorm_silu import Config, choose_chunks, choose_config, group_norm, plan_group_norm
 from fastsd.ops import REFERENCE
 from tests.kernels.case import DEVICE, DTYPES, Output, draw
 
@@ -50,17 +50,18 @@ def check(
     skip: Tensor | None = None,
     config: Config | None = None,
 ) -> None:
+    """By both kernels, or as a config says."""
     both = x if skip is None else torch.cat((x, skip), -1)
     w = draw(both.shape[-1], seed=91, dtype=x.dtype, mean=1.0)
     b = draw(both.shape[-1], seed=92, dtype=x.dtype)
-    out = Output(*both.shape, dtype=x.dtype)
-    if config is None:
-        assert group_norm(x, w, b, groups, eps, silu, skip, out=out.tensor) is out.tensor
-    else:
-        for launch in plan_group_norm(x, w, b, groups, eps, silu, skip, out.tensor, config):
-            launch.run()
-    plain = REFERENCE.group_norm(x, w, b, groups, eps, silu, skip)
-    out.check("group_norm", norm(both, groups, eps, w, b, silu), plain)
+    truth, plain = norm(both, groups, eps, w, b, silu), REFERENCE.group_norm(x, w, b, groups, eps, silu, skip)
+    batch, height, width, channels = x.shape
+    rest = both.shape[-1] - channels
+    chunks = choose_chunks(batch, height * width, channels, rest)
+    for chosen in (None, chunks) if config is None else (config,):
+        out = Output(*both.shape, dtype=x.dtype)
+        assert group_norm(x, w, b, groups, eps, silu, skip, out.tensor, chosen) is out.tensor
+        out.check("group_norm", truth, plain)
 
 
 @by_dtype
@@ -93,6 +94,8 @@ CONFIGS = {
     "last chunk has fewer tiles": (Config(16, 32, 3, 4), (8, 10)),
     "one chunk for all": (Config(16, 32, 8, 4), (9, 10)),
     "two merges, the last chunk of one pixel": (Config(2, 32, 1, 4), (5, 5)),
+    "one kernel, 4 tiles, the last of 1 pixel": (Config(16, 128, 0, 4), (7, 7)),
+    "one kernel, a pixel a tile": (Config(1, 128, 0, 4), (3, 5)),
 }
 
 
@@ -156,11 +159,12 @@ def test_silu_of_large_values_is_finite(dtype: torch.dtype) -> None:
     out.check("group_norm", norm(x, 2, 1e-5, w.to(x.device), b.to(x.device), silu=True))
 
 
-def test_images_and_groups_do_not_mix() -> None:
+@pytest.mark.parametrize("config", [None, choose_chunks(2, 9, 32)], ids=["one kernel", "two"])
+def test_images_and_groups_do_not_mix(config: Config | None) -> None:
     """NaN in one group of one image stays there, though its tile holds other groups."""
     x = draw(2, 3, 3, 32, seed=12)
     x[1, 2, 2, 9] = float("nan")
-    y = group_norm(x, torch.ones_like(x[0, 0, 0]), torch.zeros_like(x[0, 0, 0]), 4, 1e-5)
+    y = group_norm(x, torch.ones_like(x[0, 0, 0]), torch.zeros_like(x[0, 0, 0]), 4, 1e-5, config=config)
     poisoned = y.isnan()
     assert poisoned[1, :, :, 8:16].all()
     assert int(poisoned.sum()) == 9 * 8, f"{int(poisoned.sum())} elements are NaN, {9 * 8} are of the poisoned group"
@@ -205,11 +209,17 @@ def test_large_shapes_fill_the_gpu(batch: int, pixels: int, channels: int, skip_
     skip = torch.empty(batch, pixels, 1, skip_channels, dtype=torch.float16, device="meta") if skip_channels else None
     w = torch.empty(channels + skip_channels, dtype=torch.float16, device="meta")
     out = torch.empty(batch, pixels, 1, channels + skip_channels, dtype=torch.float16, device="meta")
-    for launch in plan_group_norm(x, w, w, 32, 1e-5, True, skip, out):
+    config = choose_chunks(batch, pixels, channels, skip_channels)
+    for launch in plan_group_norm(x, w, w, 32, 1e-5, True, skip, out, config):
         tiles, chunks, images = launch.grid
         assert 264 <= tiles * chunks * images <= 2048, f"{launch.grid} CTAs"
-        config = choose_config(batch, pixels, channels, skip_channels)
         assert (chunks - 1) * config.block_pixels * config.steps < pixels <= chunks * config.block_pixels * config.steps
+
+
+def test_small_images_take_one_launch() -> None:
+    x, w = torch.empty(2, 32, 32, 640, dtype=torch.float16, device="meta"), torch.empty(640, device="meta")
+    assert len(plan_group_norm(x, w, w, 32, 1e-5, True, None, x)) == 1
+    assert choose_config(2, 4096, 320, 32) == choose_chunks(2, 4096, 320)
 
 
 REFUSED = {

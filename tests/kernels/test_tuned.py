@@ -169,8 +169,8 @@ CANDIDATES = {
     "linear, few CTAs": lambda arch: gemm.candidates(512, 1280, 5120, HALF, arch),
     "linear, narrow": lambda arch: gemm.candidates(2, 8, 5120, HALF, arch),
     "geglu": lambda arch: geglu.candidates(8192, 2560, HALF, arch),
-    "group_norm": lambda arch: groupnorm_silu.candidates(2, 4096, 320, 320),
-    "group_norm, few channels": lambda arch: groupnorm_silu.candidates(1, 16, 8),
+    "group_norm": lambda arch: groupnorm_silu.candidates(2, 4096, 320, 32, 320),
+    "group_norm, few channels": lambda arch: groupnorm_silu.candidates(1, 16, 8, 2),
     "layer_norm": lambda arch: layernorm.candidates(8192, 320),
     "layer_norm, wide": lambda arch: layernorm.candidates(2, 16384),
 }
@@ -200,7 +200,9 @@ def test_candidates_begin_with_the_choosers_and_split_k_where_ctas_are_few() -> 
     assert wide in {config[:2] for config in geglu.candidates(8192, 2560, HALF, 90)}
     assert wide not in {config[:2] for config in geglu.candidates(8192, 2560, HALF, 100)}
     assert geglu.candidates(*many[:2], HALF, 90)[0] == geglu.choose_config(*many[:2], HALF, 90)
-    assert groupnorm_silu.candidates(2, 4096, 320)[0] == groupnorm_silu.choose_config(2, 4096, 320)
+    assert groupnorm_silu.candidates(2, 4096, 320, 32)[0] == groupnorm_silu.choose_config(2, 4096, 320, 32)
+    kernels = {config.steps > 0 for config in groupnorm_silu.candidates(2, 1024, 640, 32)}
+    assert kernels == {True, False}, "one kernel and two are both timed"
     assert layernorm.candidates(8192, 320)[0] == layernorm.choose_config(8192, 320)
 
 
@@ -224,7 +226,7 @@ def test_every_candidate_computes_the_op() -> None:
         (
             *("group_norm", groupnorm_silu.group_norm),
             {"x": image, "w": scale, "b": shift, "groups": 8, "eps": 1e-5, "silu": True, "skip": skip},
-            *(groupnorm_silu.candidates(2, 21, 40, 24), (2, 3, 7, 64)),
+            *(groupnorm_silu.candidates(2, 21, 40, 8, 24), (2, 3, 7, 64)),
         ),
     ]
     for op, kernel, arguments, configs, shape in cases:
