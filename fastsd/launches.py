@@ -26,6 +26,7 @@ from fastsd.kernels.heads import pack as pack_heads
 from fastsd.kernels.heads import stored_width
 from fastsd.kernels.launch import BUILD_ERRORS as BUILD_ERRORS
 from fastsd.kernels.launch import SHARED_MEMORY, Launch
+from fastsd.kernels.launch import arch_of as arch_of
 from fastsd.ops import REFERENCE, Ops, StepRow
 from fastsd.tracing import around, signature
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fastsd import images, metadata
+from fastsd import compiling, images, metadata
 from fastsd.backends import refresh_weights, select_ops
 from fastsd.checkpoints import open_folder, resolve
 from fastsd.checks import choice, float_tensor, text_or_none
@@ -113,6 +113,7 @@ class Pipeline:
         self.graphs = Graphs(CudaGraphs(self.device), GRAPH_MEMORY) if graphs and self.device.type == "cuda" else None
         self._weights_at: list[int] = []
         self._denoiser = Denoiser(self.unet, self.ops, self.graphs)
+        self._compile = partial(compiling.prepare, self.config, self.ops, self.device, self.dtype)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, **options: Any) -> "Pipeline":
@@ -144,7 +145,8 @@ class Pipeline:
         output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
     ) -> Result:
-        """Draw images from a prompt. Names and defaults are diffusers'.
+        """Draw images from a prompt. Names and defaults are diffusers'. On a GPU where none of the model's Triton kernels was
+        compiled before, they are first, in parallel.
 
         prompt, negative_prompt: one or several; cut at 77 tokens, and then a warning says what fell off.
         height, width: pixels, multiples of the VAE's factor (8 for Stable Diffusion, 4 for the bundled model), 16.8 million
@@ -194,6 +196,7 @@ class Pipeline:
             timesteps=timesteps,
             sigmas=sigmas,
         )
+        self._compile(request.height, request.width, request.batch)
         clock = Stopwatch(self.device)
         notes = list(request.warnings)
         if request.eta and table.sampler != "ddim":
@@ -215,13 +218,14 @@ class Pipeline:
     def warmup(
         self, sizes: Sequence[tuple[int, int]] = (), num_images_per_prompt: int = 1, guidance: bool | None = None
     ) -> None:
-        """Have everything compiled and captured for sizes (height, width), so that the next image of each is a fast one.
+        """Have everything compiled, in parallel, and captured for sizes (height, width): the next image of each is a fast one.
 
         No sizes: the model's own. guidance: with, without, or None for both. Prompts, seeds, samplers, steps and guidance
         scales then change nothing. On a CPU it packs the weights.
         """
         own = self.config.unet.sample_size * self.config.vae.downscale
         for height, width in sizes or [(own, own)]:
+            self._compile(height, width, num_images_per_prompt, always=True)
             for scale in {None: (7.5, 1.0), True: (7.5,), False: (1.0,)}[guidance]:
                 for _ in range(2):  # eagerly, then captured
                     self.generate(

@@ -80,17 +80,18 @@ def run_stages(
     ops: Callable[[str], Ops],
     dtype: torch.dtype,
     *,
-    pixels: int,
+    height: int,
+    width: int,
     images: int,
     guided: bool,
     prompts: int,
     steps: Sequence[int],
     stages: Sequence[str] = STAGES,
 ) -> None:
-    """Every stage once, each with its own ops: pictures of pixels × pixels, so many different prompts, a schedule of each of
-    `steps` lengths, and the UNet on `images` rows, or guided on twice as many."""
-    rows, channels = (2 if guided else 1) * images, nets.vae.latent_channels
-    latent = pixels // nets.vae.downscale
+    """Every stage once, each with its own ops: pictures of height × width pixels (multiples of the VAE's factor), so many
+    different prompts, a schedule of each of `steps` lengths, and the UNet on `images` rows, or guided on twice as many."""
+    rows, unit = (2 if guided else 1) * images, nets.vae.downscale
+    latents = (images, height // unit, width // unit, nets.vae.latent_channels)
 
     def unet(stage: str) -> UNet:
         return UNet(nets.unet, ops(stage)).to(dtype)
@@ -104,17 +105,12 @@ def run_stages(
         keys = [(k[row], v[row]) for k, v in unet("prompt").project_context(context)]
         times = [unet("schedule").project_time(torch.zeros(count)) for count in steps]
         if "step" in stages:
-            advance(
-                unet("step"),
-                ops("step"),
-                _buffers(keys, times[-1], torch.empty(images, latent, latent, channels)),
-                guided,
-            )
+            advance(unet("step"), ops("step"), _buffers(keys, times[-1], torch.empty(latents)), guided)
         vae = partial(VAE, nets.vae)
         if "decode" in stages:
-            vae(ops("decode")).to(dtype).decode(torch.empty(images, latent, latent, channels, dtype=dtype))
+            vae(ops("decode")).to(dtype).decode(torch.empty(latents, dtype=dtype))
         if "encode" in stages:
-            vae(ops("encode")).to(dtype).encode(torch.empty(images, pixels, pixels, nets.vae.in_channels, dtype=dtype))
+            vae(ops("encode")).to(dtype).encode(torch.empty(images, height, width, nets.vae.in_channels, dtype=dtype))
 
 
 def _buffers(keys: list[tuple[Tensor, Tensor]], time_bias: Tensor, latents: Tensor) -> Buffers:
