@@ -92,6 +92,11 @@ KERNELS = {
         gemm.Config,
         lambda arch, x, w, b, size=None: conv2d.candidates(rows(x), *w.shape[:2], 4, 4, x.dtype, arch),
     ),
+    "step_input": Kernel(
+        sampler_step.step_input,
+        sampler_step.Config,
+        lambda arch, state, **rest: sampler_step.candidates(state[0, 0].numel()),
+    ),
     "sampler_step": Kernel(
         backends.sampler_step,
         sampler_step.Config,
@@ -105,6 +110,8 @@ def draw(call: Call, dtype: torch.dtype, device: torch.device) -> dict[str, Any]
     generator = torch.Generator(device).manual_seed(0)
 
     def drawn(argument: str, name: str, value: Any) -> Any:
+        if name == "counter":
+            return torch.zeros(value, dtype=torch.int32, device=device)
         if isinstance(value, torch.Size):
             x = torch.randn(value, generator=generator, device=device)
             if name in ("w", "weights", "norm_w"):

@@ -22,6 +22,7 @@ ORDER = (
     "project_heads",
     "linear",
     "layer_norm",
+    "step_input",
     "sampler_step",
 )
 """Triton ops by what they are expected to gain: by their share of the step's floor, and what plain PyTorch loses on them."""

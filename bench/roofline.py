@@ -1,7 +1,8 @@
 """`python -m bench.roofline --model sd15 --size 512`: what each call must cost, and the sum: the plan a measured time is read by.
 
 A call's floor is the larger of its operations at the GPU's measured matrix rate and its bytes at its copy bandwidth, each tensor
-read or written once. Calls are those of the nets' ops; a kernel may take two launches for one (split K, two-pass norms).
+read or written once. Calls are those of the nets' ops; a call may take two launches (split K, two-pass norms): those of each
+kernel are counted below.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from bench import record
-from bench.shapes import MODELS, STAGES, Call, sizes, trace
+from bench.shapes import MODELS, STAGES, Call, launches_of, sizes, trace
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,10 @@ class GPU:
 
     flops: float  # a second, fp16
     bandwidth: float  # bytes a second
+    arch: int  # compute capability
 
 
-GPUS = {"h200": GPU(790e12, 4.3e12)}
+GPUS = {"h200": GPU(790e12, 4.3e12, 90)}
 HALF = torch.float16  # what the nets run in
 EXTRAS = ("residual", "activation", "causal", "mask", "silu", "skip", "channel_bias", "shortcut")
 
@@ -70,8 +72,8 @@ def shape_of(call: Call) -> str:
     return " ".join(["x".join(map(str, shape)) for shape in (first, second)] + extras)
 
 
-def report(calls: Counter[Call], gpu: GPU, stage: str) -> list[str]:
-    """The calls of a stage by their share of its floor, and their sum."""
+def report(calls: Counter[Call], launched: Counter[str], gpu: GPU, stage: str) -> list[str]:
+    """The calls of a stage by their share of its floor, their sum, and the kernels that they launch."""
     rows = [["op", "shapes", "calls", "GFLOP", "MB", "floor us", "bound by"]]
     total = sum(count * floor(call, gpu) for call, count in calls.items())
     for call, count in sorted(calls.items(), key=lambda item: -item[1] * floor(item[0], gpu)):
@@ -81,8 +83,13 @@ def report(calls: Counter[Call], gpu: GPU, stage: str) -> list[str]:
             [call.op, shape_of(call), str(count), *(f"{n:,.1f}" for n in numbers), "compute" if compute else "memory"]
         )
     teraflop = sum(operations(call) * count for call, count in calls.items()) / 1e12
-    launches = sum(calls.values())
-    return [record.table(rows), f"{stage}: {launches} calls, {teraflop:.3f} TFLOP, floor {total * 1e3:.2f} ms", ""]
+    kernels = ", ".join(f"{count} {name.removesuffix('_kernel')}" for name, count in launched.most_common())
+    return [
+        record.table(rows),
+        f"{stage}: {sum(calls.values())} calls, {teraflop:.3f} TFLOP, floor {total * 1e3:.2f} ms",
+        f"{launched.total()} launches: {kernels}",
+        "",
+    ]
 
 
 def main() -> int:
@@ -93,9 +100,11 @@ def main() -> int:
     parser.add_argument("--gpu", choices=GPUS, default="h200")
     parser.add_argument("--stage", choices=STAGES, action="append", help="default: all")
     args = parser.parse_args()
-    calls = trace(MODELS[args.model], args.size, args.batch)
+    model, gpu = MODELS[args.model], GPUS[args.gpu]
+    calls = trace(model, args.size, args.batch)
+    launched = launches_of(model, args.size, args.batch, gpu.arch, HALF)
     for stage in args.stage or STAGES:
-        print("\n".join(report(calls[stage], GPUS[args.gpu], stage)))
+        print("\n".join(report(calls[stage], launched[stage], gpu, stage)))
     return 0
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsd import tracing
+from fastsd import launches, tracing
 from fastsd.config import SD15, SD21, CLIPConfig, ModelConfig, UNetConfig, VAEConfig
 from fastsd.kernels.heads import stored_width
 from fastsd.ops import REFERENCE, Ops, StepRow
@@ -78,7 +78,10 @@ class Call:
 
     def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
         """What an argument, or the "result", is held in where the nets run in dtype."""
-        return torch.float32 if self.op == "sampler_step" and name != "out" else dtype
+        if name == "counter":
+            return torch.int32
+        fp32 = {"step_input": name in ("state", "weights"), "sampler_step": name != "out"}
+        return torch.float32 if fp32.get(self.op, False) else dtype
 
 
 def sizes(value: Any) -> Iterator[torch.Size]:
@@ -100,11 +103,32 @@ def trace(config: ModelConfig | Nets, pixels: int, batch: int = 2) -> dict[str, 
     of a sampler on `batch` rows of the UNet, two for each guided image if they are even; decode: the images.
     """
     calls: dict[str, Counter[Call]] = {stage: Counter() for stage in STAGES}
+    _follow(config, lambda stage: recording(calls[stage]), torch.float32, pixels, batch)
+    return calls
+
+
+def launches_of(
+    config: ModelConfig | Nets, pixels: int, batch: int = 2, arch: int = 90, dtype: torch.dtype = torch.float16
+) -> dict[str, Counter[str]]:
+    """How often each kernel is launched by each stage of `trace` with the Triton ops, as `fastsd.launches` plans them.
+
+    Calls that tuning has given to a library are not among them.
+    """
+    found: dict[str, Counter[str]] = {stage: Counter() for stage in STAGES}
+
+    def planning(stage: str) -> Ops:
+        return launches.planning(arch, lambda launch: found[stage].update([launch.kernel.__name__]))
+
+    _follow(config, planning, dtype, pixels, batch)
+    return found
+
+
+def _follow(config: ModelConfig | Nets, ops: Callable[[str], Ops], dtype: torch.dtype, pixels: int, batch: int) -> None:
     guided = batch % 2 == 0
     tracing.run_stages(
         config,
-        lambda stage: recording(calls[stage]),
-        torch.float32,
+        ops,
+        dtype,
         height=pixels,
         width=pixels,
         images=batch // 2 if guided else batch,
@@ -113,7 +137,6 @@ def trace(config: ModelConfig | Nets, pixels: int, batch: int = 2) -> dict[str, 
         steps=[1],
         stages=STAGES,
     )
-    return calls
 
 
 def recording(calls: Counter[Call]) -> Ops:
@@ -123,7 +146,7 @@ def recording(calls: Counter[Call]) -> Ops:
         return tensor.shape
 
     def shaped(value: Any) -> Any:
-        if isinstance(value, StepRow) and value.step is not None:  # one row of the table, by itself
+        if isinstance(value, StepRow) and value.counter is not None:  # one row of the table, by itself
             value = StepRow(value.update[0], value.guidance, value.rescale)
         # A size that is an argument itself, as upsample_conv2d's, is not a tensor's.
         return replaced(tuple(value) if isinstance(value, torch.Size) else value, Tensor, shape)
@@ -132,7 +155,7 @@ def recording(calls: Counter[Call]) -> Ops:
         shapes = [shaped(value) for value in arguments]
         while shapes and shapes[-1] is None:
             shapes.pop()
-        named = sorted((key, shaped(value)) for key, value in options.items())
+        named = sorted((key, shaped(value)) for key, value in options.items() if key != "new")  # where the result goes
         result = op(*arguments, **options)
         if name == "project_heads":
             width = result[0].shape[-1]

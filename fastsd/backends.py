@@ -88,7 +88,7 @@ def triton_ops() -> Ops:
     Shapes that `bench.kernels --tune` found faster in cuBLAS, cuDNN or SDPA go there: see `kernels/configs`.
     """
     from fastsd.kernels import conv2d, conv2d_norm, flash_attn, geglu, gemm, groupnorm_silu, heads, layernorm
-    from fastsd.kernels import sampler_step as step
+    from fastsd.kernels import sampler_step as steps
 
     return Ops(
         name="triton",
@@ -101,7 +101,8 @@ def triton_ops() -> Ops:
         conv2d=_tuned("conv2d", conv2d.conv2d, gemm.Config),
         conv2d_norm=_tuned("conv2d_norm", conv2d_norm.conv2d_norm, gemm.Config),
         upsample_conv2d=_tuned("upsample_conv2d", conv2d.upsample_conv2d, gemm.Config),
-        sampler_step=_tuned("sampler_step", sampler_step, step.Config),
+        step_input=_tuned("step_input", steps.step_input, steps.Config),
+        sampler_step=_tuned("sampler_step", sampler_step, steps.Config),
     )
 
 
@@ -132,14 +133,15 @@ def _wants_gradient(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
 
 
-def sampler_step(state: Tensor, out: Tensor, noise: Tensor | None, row: StepRow, config: Any = None) -> Tensor:
+def sampler_step(
+    state: Tensor, out: Tensor, noise: Tensor | None, row: StepRow, new: Tensor | None = None, config: Any = None
+) -> Tensor:
     """The op by its kernel, which reads a table."""
     from fastsd.kernels import sampler_step as kernel
 
     if row.rescale is not None:  # needs the standard deviation of each whole picture: a few reductions, left to PyTorch
-        return REFERENCE.sampler_step(state, out, noise, row)
-    if row.step is not None:
-        return kernel.sampler_step(state, out, noise, row.update, row.guidance, row.step, config=config)
-    first = torch.zeros(1, dtype=torch.int32, device=state.device)
-    table = row.update[None].contiguous()
-    return kernel.sampler_step(state, out, noise, table, row.guidance, first, config=config)
+        return REFERENCE.sampler_step(state, out, noise, row, new)
+    table, counter = row.update, row.counter
+    if counter is None:
+        table, counter = table[None].contiguous(), torch.zeros(3, dtype=torch.int32, device=state.device)
+    return kernel.sampler_step(state, out, noise, table, row.guidance, counter, new, config)

@@ -62,12 +62,8 @@ class Buffers:
     """[B] fp32"""
     rescale: Tensor | None
     """[B] fp32"""
-    step: Tensor
-    """[1] int32: the row"""
-    alive: Tensor
-    """[1] int32: 1 until a value is not finite"""
-    survived: Tensor
-    """[1] int32: steps before that"""
+    counter: Tensor
+    """[3] int32: see `StepRow.counter`"""
 
     @classmethod
     def allocate(cls, walk: Walk, rows: int) -> "Buffers":
@@ -87,9 +83,7 @@ class Buffers:
             update=zeros(rows, SLOTS, SLOTS + 2),
             guidance=zeros(batch),
             rescale=zeros(batch) if walk.rescale else None,
-            step=zeros(1, dtype=torch.int32),
-            alive=zeros(1, dtype=torch.int32),
-            survived=zeros(1, dtype=torch.int32),
+            counter=zeros(3, dtype=torch.int32),
         )
 
     def load(self, walk: Walk) -> None:
@@ -112,23 +106,17 @@ class Buffers:
         self.guidance.fill_(walk.guidance)
         if self.rescale is not None:
             self.rescale.fill_(walk.rescale)
-        self.step.zero_()
-        self.alive.fill_(1)
-        self.survived.zero_()
+        self.counter.zero_()
+        self.counter[1] = n
 
 
 def advance(unet: UNet, ops: Ops, buffers: Buffers, guided: bool) -> None:
     """One step, in place: the UNet on what the table shows it of the state, guidance, the table's row."""
     b = buffers
-    x = torch.einsum("s,sbhwc->bhwc", b.model_input.index_select(0, b.step)[0], b.state).to(b.time_bias.dtype)
-    x = torch.cat((x, x)) if guided else x
-    time_bias = b.time_bias.index_select(0, b.step).expand(len(x), -1)
-    out = unet(x, time_bias, b.keys)
+    x, time_bias = ops.step_input(b.state, b.model_input, b.time_bias, b.counter, 2 if guided else 1)
+    out = unet(x, time_bias.expand(len(x), -1), b.keys)
     table = b.update[:, None].expand(-1, len(b.noise), -1, -1)  # [rows, B, SLOTS, SLOTS+2]
-    b.state.copy_(ops.sampler_step(b.state, out, b.noise, StepRow(table, b.guidance, b.rescale, b.step)))
-    b.alive.mul_(b.state[0].isfinite().all())
-    b.survived.add_(b.alive)
-    b.step.add_(1)
+    ops.sampler_step(b.state, out, b.noise, StepRow(table, b.guidance, b.rescale, b.counter), new=b.state)
 
 
 class Denoiser:
@@ -153,7 +141,7 @@ class Denoiser:
                 step()
                 if after_step is not None:
                     after_step(index, buffers.state[0])
-            return buffers.state[0].clone(), int(buffers.survived)
+            return buffers.state[0].clone(), int(buffers.counter[1])
 
     @contextmanager
     def _step(self, walk: Walk) -> Iterator[tuple[Buffers, Callable[[], None]]]:

@@ -28,7 +28,7 @@ from fastsd.kernels.launch import BUILD_ERRORS as BUILD_ERRORS
 from fastsd.kernels.launch import SHARED_MEMORY, Launch
 from fastsd.kernels.launch import arch_of as arch_of
 from fastsd.ops import REFERENCE, Ops, StepRow
-from fastsd.tracing import around, signature
+from fastsd.tracing import around, replaced, signature
 
 
 def plan_linear(
@@ -118,14 +118,36 @@ def plan_upsample_conv2d(
     return conv2d.plan_upsample_conv2d(x, packed, b, result, arch, config)
 
 
+def plan_step_input(
+    arch: int,
+    config: Any,
+    result: tuple[Tensor, Tensor],
+    /,
+    state: Tensor,
+    weights: Tensor,
+    time_bias: Tensor,
+    counter: Tensor,
+    copies: int = 1,
+) -> list[Launch]:
+    return sampler_step.plan_step_input(state, weights, time_bias, counter, *result, config)
+
+
 def plan_sampler_step(
-    arch: int, config: Any, result: Tensor, /, state: Tensor, out: Tensor, noise: Tensor | None, row: StepRow
+    arch: int,
+    config: Any,
+    result: Tensor,
+    /,
+    state: Tensor,
+    out: Tensor,
+    noise: Tensor | None,
+    row: StepRow,
+    new: Tensor | None = None,
 ) -> list[Launch]:
     if row.rescale is not None:
         return []
-    table = row.update if row.step is not None else row.update[None].contiguous()
-    step = torch.empty(1, dtype=torch.int32, device=state.device) if row.step is None else row.step
-    return sampler_step.plan_sampler_step(state, out, noise, table, row.guidance, step, result, config)
+    table = row.update if row.counter is not None else row.update[None].contiguous()
+    counter = torch.empty(3, dtype=torch.int32, device=state.device)
+    return sampler_step.plan_sampler_step(state, out, noise, table, row.guidance, counter, result, config)
 
 
 def plan_project_heads(
@@ -145,6 +167,7 @@ PLANS: dict[str, tuple[Callable[..., list[Launch]], Callable[..., Any]]] = {
     "conv2d": (plan_conv2d, gemm.Config),
     "conv2d_norm": (plan_conv2d_norm, gemm.Config),
     "upsample_conv2d": (plan_upsample_conv2d, gemm.Config),
+    "step_input": (plan_step_input, sampler_step.Config),
     "sampler_step": (plan_sampler_step, sampler_step.Config),
 }
 """For each op its launches into a result, and the type of its tuned configs."""
@@ -159,7 +182,7 @@ def plan(op: str, arch: int, arguments: Mapping[str, Any], config: Any = None) -
         result = torch.empty((*x.shape[:-1], len(weights) * heads * width), dtype=x.dtype, device=x.device)
         return launches(result, **arguments), result.unflatten(-1, (len(weights), heads, width)).unbind(-3)
     like = getattr(REFERENCE, op)(**arguments)
-    result = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    result = replaced(like, Tensor, lambda x: torch.empty(x.shape, dtype=x.dtype, device=x.device))
     return launches(result, **arguments), result
 
 

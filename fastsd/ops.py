@@ -34,8 +34,9 @@ class StepRow(NamedTuple):
     """[B] fp32 guidance scale g: guided = uncond + g · (cond − uncond). Unused when the UNet ran without guidance."""
     rescale: Tensor | None = None
     """[B] fp32 guidance_rescale φ in [0, 1] (Lin et al. 2024, arXiv 2305.08891, eq. 15–16); None: off."""
-    step: Tensor | None = None
-    """[1] int32 on the device: which row of the table it is."""
+    counter: Tensor | None = None
+    """[3] int32 on the device, moved on by the op: which row of the table it is; the first row whose latents were not finite,
+    until then any number beyond the last; 0, the kernel's own. None: update is one row."""
 
 
 class Shortcut(NamedTuple):
@@ -177,18 +178,37 @@ def conv2d_norm(
     return group_norm(y, norm_w, norm_b, groups, eps, silu=True)
 
 
-def sampler_step(state: Tensor, out: Tensor, noise: Tensor | None, row: StepRow) -> Tensor:
+def step_input(
+    state: Tensor, weights: Tensor, time_bias: Tensor, counter: Tensor, copies: int = 1
+) -> tuple[Tensor, Tensor]:
+    """What the UNet is given at the counter's row: Σ_s weights[row, s]·state_s, so many times, and the time projections.
+
+    state [S, B, H, W, C] and weights [n, S] fp32; time_bias [n, T]; counter int32, the row first → x [copies·B, H, W, C] and
+    [1, T], both in time_bias's dtype.
+    """
+    row = counter[:1]
+    x = torch.einsum("s,sbhwc->bhwc", weights.index_select(0, row)[0], state).to(time_bias.dtype)
+    return torch.cat([x] * copies), time_bias.index_select(0, row)
+
+
+def sampler_step(state: Tensor, out: Tensor, noise: Tensor | None, row: StepRow, new: Tensor | None = None) -> Tensor:
     """Guidance and one row of each image's sampler table, in the state's fp32.
 
     state [S, B, H, W, C]; out [B, H, W, C], or [2B, H, W, C] = (unconditional, conditional) to be guided;
-    noise [B, H, W, C] unit Gaussian, None where the row's noise column is 0 → new state [S, B, H, W, C].
+    noise [B, H, W, C] unit Gaussian, None where the row's noise column is 0 → new state [S, B, H, W, C], written to `new` if
+    given, which may be the state itself.
     """
     out = out.to(state.dtype)
     out = guide(out, row) if out.shape[0] == 2 * state.shape[1] else out
-    update = row.update if row.step is None else row.update.index_select(0, row.step)[0]
+    update = row.update if row.counter is None else row.update.index_select(0, row.counter[:1])[0]
     update = update if noise is not None else update[..., :-1]
     basis = [*state, out] if noise is None else [*state, out, noise]
-    return torch.einsum("bsk,kbhwc->sbhwc", update, torch.stack(basis))
+    result = torch.einsum("bsk,kbhwc->sbhwc", update, torch.stack(basis))
+    if row.counter is not None:
+        step, first_bad = row.counter[:1], row.counter[1:2]
+        first_bad.copy_(torch.where(result[0].isfinite().all(), first_bad, torch.minimum(first_bad, step)))
+        step.add_(1)
+    return result if new is None else new.copy_(result)
 
 
 def guide(out: Tensor, row: StepRow) -> Tensor:
@@ -246,6 +266,7 @@ class Ops:
     conv2d: Callable[..., Tensor]
     conv2d_norm: Callable[..., Tensor]
     upsample_conv2d: Callable[..., Tensor]
+    step_input: Callable[..., tuple[Tensor, Tensor]]
     sampler_step: Callable[..., Tensor]
 
 
@@ -260,5 +281,6 @@ REFERENCE = Ops(
     conv2d=conv2d,
     conv2d_norm=conv2d_norm,
     upsample_conv2d=upsample_conv2d,
+    step_input=step_input,
     sampler_step=sampler_step,
 )

@@ -46,6 +46,7 @@ OPS = {
     "layer_norm": {_FP32: 2e-6, _FP16: 6e-4, _BF16: 5e-3},
     "group_norm": _GROUP_NORM,
     "conv2d_norm": _GROUP_NORM,
+    "step_input": {_FP32: 1e-6, _FP16: 5e-4, _BF16: 4e-3},
     "sampler_step": dict.fromkeys((_FP32, _FP16, _BF16), 1e-6),  # always computed in fp32
 }
 """Largest relative L2 error of an op on the same inputs, by the fast path's dtype."""
@@ -129,16 +130,20 @@ class Comparison:
 
     def _call(self, op: str, reference: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """The reference's result; on the way both are given the inputs as the fast path holds them."""
-        result = reference(*arguments, **options)
         given = arguments, tuple(options.items())
         if op == "sampler_step":  # the state and the table are fp32 in every dtype
             state, out, *rest = arguments
             rounded: Any = ((state, _cast(out, self.dtype), *rest), given[1])
+        elif op == "step_input":
+            state, weights, time_bias, *rest = arguments
+            rounded = ((state, weights, _cast(time_bias, self.dtype), *rest), given[1])
         else:
             rounded = _cast(given, self.dtype)
-        truth = _run(reference, _cast(rounded, self.exact))
-        plain = None if self.dtype == self.exact else relative(_run(reference, rounded), truth)
-        found = _run(getattr(self.fast, op), self._as_stored(op, rounded))
+        changes = op == "sampler_step"  # its inputs
+        truth = _run(reference, _cast(rounded, self.exact), changes)
+        plain = None if self.dtype == self.exact else relative(_run(reference, rounded, changes), truth)
+        found = _run(getattr(self.fast, op), self._as_stored(op, rounded), changes)
+        result = reference(*arguments, **options)
         if op == "project_heads":
             self._stored[truth[0].shape[-1]] = found[0].shape[-1]
         self.note(op, relative(found, truth), self._where(op, arguments), plain)
@@ -307,8 +312,9 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return replaced(value, Tensor, cast)
 
 
-def _run(op: Callable[..., Any], inputs: Any) -> Any:
-    arguments, options = inputs
+def _run(op: Callable[..., Any], inputs: Any, changes: bool) -> Any:
+    """changes: the op writes to its inputs, which others are yet to be given."""
+    arguments, options = replaced(inputs, Tensor, Tensor.clone) if changes else inputs
     return op(*arguments, **dict(options))
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsd
 from fastsd.denoise import Denoiser
@@ -24,6 +25,7 @@ class StandIn:
         self.size = size
         self.bytes = 0
         self.replays = 0
+        self.replaying = False
         self.error: Exception | None = None
 
     def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
@@ -35,7 +37,9 @@ class StandIn:
 
         def replay() -> None:
             self.replays += 1
+            self.replaying = True
             new = function()
+            self.replaying = False
             if isinstance(output, Tensor):
                 output.copy_(new)
 
@@ -196,6 +200,42 @@ def test_one_step_serves_every_sampler_and_step_count(replayed: tuple[fastsd.Pip
     for name in ("prompt", "seed", "guidance", "steps", "a sampler with noise", "a sampler with history", "a schedule"):
         draw(ours, **CHANGES[name])
         assert graphs.captures == captures, f"captured again for another {name}"
+
+
+class Watch(TorchDispatchMode):
+    """What is asked of PyTorch, in order; a replay counts as one."""
+
+    def __init__(self, api: StandIn) -> None:
+        super().__init__()
+        self.api = api
+        self.seen: list[str] = []
+        self.replays = api.replays
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.api.replaying:
+            self.seen.append(op.__name__)
+        elif self.api.replays > self.replays:
+            self.seen.append("replay")
+            self.replays = self.api.replays
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("sampler", "noise"), [("ddim", False), ("dpmpp_2m", False), ("euler_ancestral", True)])
+def test_a_walk_is_replays_and_nothing_between_them(
+    replayed: tuple[fastsd.Pipeline, Graphs, StandIn], sampler: str, noise: bool
+) -> None:
+    """No tensor is made and no operation asked for from the first step to the last, but for noise where a sampler adds some."""
+    ours, _, api = replayed
+    for _ in range(2):
+        draw(ours)
+    steps = 6
+    with Watch(api) as watch:
+        draw(ours, sampler=sampler, num_inference_steps=steps, output_type="latent")
+    replays = [index for index, name in enumerate(watch.seen) if name == "replay"]
+    assert len(replays) == 1 + steps, "text, and every step"
+    between = set(watch.seen[replays[1] : replays[-1]]) - {"replay"}
+    drawing = {"randn.generator", "stack.default", "permute.default", "clone.default", "copy_.default"}
+    assert between == (drawing if noise else set())
 
 
 def test_the_first_picture_equals_the_tenth(replayed: tuple[fastsd.Pipeline, Graphs, StandIn]) -> None:

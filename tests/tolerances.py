@@ -34,6 +34,7 @@ OPS = {
     "layer_norm": {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3},
     "group_norm": {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3},
     "conv2d_norm": {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3},
+    "step_input": {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3},
     "sampler_step": {torch.float32: 1e-6},
 }
 # One op set against another on a whole net: relative L2, and the cosine of the angle between the outputs.

@@ -1,11 +1,13 @@
-"""One step of any sampler: guidance, then one row of each image's table. All fp32.
+"""What lies round the UNet in a step of any sampler, in two launches. All fp32 but the UNet's own inputs and output.
 
-    guided = uncond + g·(cond − uncond);  state_s ← Σ_k update[s, k] · (state_0 … state_{S−1}, guided, noise)_k
+    before:  x = Σ_k weights[row, k]·state_k, and the row of the time projections
+    after:   guided = uncond + g·(cond − uncond);  state_s ← Σ_k update[row, s, k]·(state_0 … state_{S−1}, guided, noise)_k
 
-Reads S + 1 to S + 3 and writes S latents of 4 bytes an element: bound by memory, and small. A step counter on the device picks
-the row, so that a captured graph walks the whole table.
+Reads S + 1 to S + 3 and writes S latents of 4 bytes an element: bound by memory, and small. The row is read from a counter on
+the device, which the last CTA moves on, so that a captured graph walks the whole table without a host.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsd.kernels.launch import Launch
+from fastsd.kernels.launch import FLOATS, Launch
 
 
 class Config(NamedTuple):
@@ -33,19 +35,53 @@ def candidates(size: int) -> list[Config]:
 
 
 @triton.jit
+def step_input_kernel(
+    state_ptr,  # [S, B, SIZE] fp32
+    weights_ptr,  # [n, S] fp32
+    time_bias_ptr,  # [n, T]
+    counter_ptr,  # [3] int32, the row first
+    x_ptr,  # [COPIES, B, SIZE]
+    time_ptr,  # [T]
+    B,
+    SIZE,  # elements of one latent
+    X_BLOCKS,  # of BLOCK elements that a latent has; those beyond are of the time row
+    T: tl.constexpr,
+    S: tl.constexpr,
+    COPIES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    block, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row = tl.load(counter_ptr).to(tl.int64)
+    if block < X_BLOCKS:
+        offs = block * BLOCK + tl.arange(0, BLOCK)
+        inside = offs < SIZE
+        here = image * SIZE + offs
+        x = tl.zeros((BLOCK,), tl.float32)
+        for slot in tl.static_range(S):
+            x += tl.load(weights_ptr + row * S + slot) * tl.load(state_ptr + slot * B * SIZE + here, mask=inside)
+        for copy in tl.static_range(COPIES):
+            tl.store(x_ptr + copy * B * SIZE + here, x.to(x_ptr.dtype.element_ty), mask=inside)
+    elif image == 0:
+        offs = (block - X_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+        inside = offs < T
+        tl.store(time_ptr + offs, tl.load(time_bias_ptr + row * T + offs, mask=inside), mask=inside)
+
+
+@triton.jit
 def sampler_step_kernel(
     state_ptr,  # [S, B, SIZE] fp32
     out_ptr,  # [B, SIZE], or [2B, SIZE] if GUIDED; any float type
     noise_ptr,  # [B, SIZE] fp32, if HAS_NOISE
     update_ptr,  # [n, B, S, S+2] fp32, of the given strides
     guidance_ptr,  # [B] fp32
-    step_ptr,  # [1] int32: the row
-    new_ptr,  # [S, B, SIZE] fp32
+    counter_ptr,  # [3] int32: the row, the first one that gave what is not finite, CTAs that are through
+    new_ptr,  # [S, B, SIZE] fp32; may be the state
     B,
     SIZE,  # elements of one latent
     update_step_stride,
     update_image_stride,
     S: tl.constexpr,
+    SLOTS: tl.constexpr,  # ≥ S
     GUIDED: tl.constexpr,
     HAS_NOISE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -54,18 +90,61 @@ def sampler_step_kernel(
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = offs < SIZE
     here = image * SIZE + offs
-    row_ptr = update_ptr + tl.load(step_ptr).to(tl.int64) * update_step_stride + image * update_image_stride
-    out = tl.load(out_ptr + here, mask=inside).to(tl.float32)
+    slots = tl.arange(0, SLOTS)
+    row = tl.load(counter_ptr)
+    row_ptr = update_ptr + row.to(tl.int64) * update_step_stride + image * update_image_stride
+    old_ptrs = state_ptr + slots.to(tl.int64)[:, None] * B * SIZE + here[None, :]
+    old = tl.load(
+        old_ptrs, mask=(slots < S)[:, None] & inside[None, :], other=0.0
+    )  # all of it, before any is overwritten
+    out = tl.load(out_ptr + here, mask=inside, other=0.0).to(tl.float32)
     if GUIDED:
-        cond = tl.load(out_ptr + (image + B) * SIZE + offs, mask=inside).to(tl.float32)
+        cond = tl.load(out_ptr + (image + B) * SIZE + offs, mask=inside, other=0.0).to(tl.float32)
         out += tl.load(guidance_ptr + image) * (cond - out)
+    noise = tl.zeros((BLOCK,), tl.float32)
+    if HAS_NOISE:
+        noise = tl.load(noise_ptr + here, mask=inside, other=0.0)
     for new in tl.static_range(S):
-        y = tl.load(row_ptr + new * (S + 2) + S) * out
-        for old in tl.static_range(S):
-            y += tl.load(row_ptr + new * (S + 2) + old) * tl.load(state_ptr + old * B * SIZE + here, mask=inside)
+        weights = tl.load(row_ptr + new * (S + 2) + slots, mask=slots < S, other=0.0)
+        y = tl.sum(weights[:, None] * old, 0) + tl.load(row_ptr + new * (S + 2) + S) * out
         if HAS_NOISE:
-            y += tl.load(row_ptr + new * (S + 2) + S + 1) * tl.load(noise_ptr + here, mask=inside)
+            y += tl.load(row_ptr + new * (S + 2) + S + 1) * noise
         tl.store(new_ptr + new * B * SIZE + here, y, mask=inside)
+        if new == 0:
+            finite = tl.sum((inside & (tl.abs(y) < float("inf"))).to(tl.int32)) == tl.sum(inside.to(tl.int32))
+            if not finite:
+                tl.atomic_min(counter_ptr + 1, row)
+    # The last CTA to come by moves the counter on: by then every warp of all has read it.
+    tl.debug_barrier()
+    if tl.atomic_add(counter_ptr + 2, 1) == tl.num_programs(0) * tl.num_programs(1) - 1:
+        tl.store(counter_ptr + 2, 0)
+        tl.store(counter_ptr, row + 1)
+
+
+def plan_step_input(
+    state: Tensor,
+    weights: Tensor,
+    time_bias: Tensor,
+    counter: Tensor,
+    x: Tensor,
+    time: Tensor,
+    config: Config | None = None,
+) -> list[Launch]:
+    """The launch of `step_input` into x [copies·B, …] and time [1, T]."""
+    slots, batch = state.shape[:2]
+    size, width = state[0, 0].numel(), time_bias.shape[1]
+    config = config or choose_config(size)
+    blocks = triton.cdiv(size, config.block)
+    tensors = {"state_ptr": state, "weights_ptr": weights, "time_bias_ptr": time_bias, "counter_ptr": counter}
+    return [
+        Launch(
+            step_input_kernel,
+            (blocks + triton.cdiv(width, config.block), batch),
+            tensors | {"x_ptr": x, "time_ptr": time, "B": batch, "SIZE": size, "X_BLOCKS": blocks},
+            {"T": width, "S": slots, "COPIES": x.shape[0] // batch, "BLOCK": config.block},
+            config.num_warps,
+        )
+    ]
 
 
 def plan_sampler_step(
@@ -74,7 +153,7 @@ def plan_sampler_step(
     noise: Tensor | None,
     table: Tensor,
     guidance: Tensor,
-    step: Tensor,
+    counter: Tensor,
     new: Tensor,
     config: Config | None = None,
 ) -> list[Launch]:
@@ -92,17 +171,45 @@ def plan_sampler_step(
                 "noise_ptr": state if noise is None else noise,  # unread if absent
                 "update_ptr": table,
                 "guidance_ptr": guidance,
-                "step_ptr": step,
+                "counter_ptr": counter,
                 "new_ptr": new,
                 "B": batch,
                 "SIZE": size,
                 "update_step_stride": table.stride(0),
                 "update_image_stride": table.stride(1),
             },
-            {"S": slots, "GUIDED": out.shape[0] == 2 * batch, "HAS_NOISE": noise is not None, "BLOCK": config.block},
+            {
+                **{"S": slots, "SLOTS": triton.next_power_of_2(slots), "GUIDED": out.shape[0] == 2 * batch},
+                **{"HAS_NOISE": noise is not None, "BLOCK": config.block},
+            },
             config.num_warps,
         )
     ]
+
+
+def step_input(
+    state: Tensor,
+    weights: Tensor,
+    time_bias: Tensor,
+    counter: Tensor,
+    copies: int = 1,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor]:
+    """state [S, B, …] fp32, weights [n, S] fp32, time_bias [n, T], counter [3] int32, the row first → x [copies·B, …] and the
+    row's time [1, T], both in time_bias's dtype.
+
+    ValueError for tensors of other shapes or dtypes, or that are not contiguous.
+    """
+    slots, batch = state.shape[:2]
+    _check_fp32({"state": (state, state.shape), "weights": (weights, (len(time_bias), slots))})
+    if time_bias.ndim != 2 or time_bias.dtype not in FLOATS or not time_bias.is_contiguous():
+        raise ValueError(f"time_bias must be contiguous [n, T] in fp16, bf16 or fp32, not {list(time_bias.shape)}")
+    _check_counter(counter)
+    x = torch.empty((copies * batch, *state.shape[2:]), dtype=time_bias.dtype, device=state.device)
+    time = torch.empty((1, time_bias.shape[1]), dtype=time_bias.dtype, device=state.device)
+    for launch in plan_step_input(state, weights, time_bias, counter, x, time, config):
+        launch.run()
+    return x, time
 
 
 def sampler_step(
@@ -111,12 +218,12 @@ def sampler_step(
     noise: Tensor | None,
     table: Tensor,
     guidance: Tensor,
-    step: Tensor,
+    counter: Tensor,
     new: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
-    """state [S, B, …] fp32, out [B or 2B, …], noise [B, …] fp32 or None, table [n, B, S, S+2] fp32, guidance [B] fp32 and step
-    [1] int32 (the row, on the device) → the new state [S, B, …].
+    """state [S, B, …] fp32, out [B or 2B, …], noise [B, …] fp32 or None, table [n, B, S, S+2] fp32, guidance [B] fp32 and counter
+    [3] int32 (see `ops.StepRow`) → the new state [S, B, …]; `new` may be the state.
 
     ValueError for tensors of other shapes or dtypes, or that are not contiguous (the table may be expanded over B).
     """
@@ -124,10 +231,7 @@ def sampler_step(
     latent = state.shape[2:]
     new = torch.empty_like(state) if new is None else new
     fp32 = {"state": (state, state.shape), "new": (new, state.shape), "guidance": (guidance, (batch,))}
-    fp32 |= {} if noise is None else {"noise": (noise, (batch, *latent))}
-    for name, (tensor, shape) in fp32.items():
-        if tensor.shape != shape or tensor.dtype != torch.float32 or not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous fp32 {list(shape)}")
+    _check_fp32(fp32 | ({} if noise is None else {"noise": (noise, (batch, *latent))}))
     if out.shape[1:] != latent or out.shape[0] not in (batch, 2 * batch) or not out.is_contiguous():
         raise ValueError(f"out must be contiguous, {batch} or {2 * batch} of {list(latent)}")
     if (
@@ -136,8 +240,18 @@ def sampler_step(
         or table.stride()[2:] != (slots + 2, 1)
     ):
         raise ValueError(f"table must be fp32 [n, {batch}, {slots}, {slots + 2}] with contiguous rows")
-    if step.shape != (1,) or step.dtype != torch.int32:
-        raise ValueError("step must be one int32")
-    for launch in plan_sampler_step(state, out, noise, table, guidance, step, new, config):
+    _check_counter(counter)
+    for launch in plan_sampler_step(state, out, noise, table, guidance, counter, new, config):
         launch.run()
     return new
+
+
+def _check_fp32(tensors: Mapping[str, tuple[Tensor, Sequence[int]]]) -> None:
+    for name, (tensor, shape) in tensors.items():
+        if tensor.shape != tuple(shape) or tensor.dtype != torch.float32 or not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous fp32 {list(shape)}")
+
+
+def _check_counter(counter: Tensor) -> None:
+    if counter.shape != (3,) or counter.dtype != torch.int32 or not counter.is_contiguous():
+        raise ValueError("counter must be three int32")

@@ -36,7 +36,8 @@ PARAMETERS: dict[str, dict[str, Any]] = {
         **{"x": ..., "w": ..., "b": ..., "channel_bias": None, "norm_w": ..., "norm_b": ..., "groups": ..., "eps": ...}
     },
     "upsample_conv2d": {"x": ..., "w": ..., "b": ..., "size": None},
-    "sampler_step": {"state": ..., "out": ..., "noise": None, "row": ...},
+    "step_input": {"state": ..., "weights": ..., "time_bias": ..., "counter": ..., "copies": 1},
+    "sampler_step": {"state": ..., "out": ..., "noise": None, "row": ..., "new": None},
 }
 """The ops' parameters and defaults, in their order, so that a call by position and one by name are one problem."""
 
@@ -81,6 +82,10 @@ def problem(op: str, *arguments: Any, **options: Any) -> Problem:
     x, given = given[first], {name: given[name] for name in others if given.get(name) is not None}
     if op == "attention":
         parts = _attention(x, **given)
+    elif op == "step_input":
+        time = given["time_bias"]
+        parts = [f"slots {x.shape[0]}", f"time {TYPE_NAMES.get(time.dtype, time.dtype)} {time.shape[1]}"]
+        parts += [f"copies {given['copies']}"] if given.get("copies", 1) > 1 else []
     elif op == "sampler_step":
         guided = given["out"].shape[0] == 2 * x.shape[1]
         parts = [f"slots {x.shape[0]}"] + (["guided"] if guided else []) + (["noise"] if "noise" in given else [])

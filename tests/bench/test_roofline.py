@@ -1,12 +1,22 @@
 """The counted work against PyTorch's own counter, run on diffusers' nets."""
 
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
 import diffusers
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.roofline import GPUS, floor, operations, traffic
-from bench.shapes import MODELS, Call, trace
+from bench.shapes import MODELS, Call, launches_of, trace
+from fastsd import launches, tracing
+from fastsd.config import SD15
+from fastsd.denoise import advance
+from fastsd.launches import Launch
+from fastsd.tracing import around
 
 
 def work(calls: dict[Call, int]) -> int:
@@ -58,3 +68,35 @@ def test_a_call_is_bound_by_what_takes_longer() -> None:
     square = size((4096, 4096))
     product = Call("linear", (square, square), (), square)
     assert floor(product, gpu) == operations(product) / gpu.flops == 2 * 4096**3 / gpu.flops
+
+
+def test_a_step_of_sd15_is_350_launches_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that PyTorch itself is asked for are views, which launch nothing. Eager diffusers makes 760 launches."""
+    launched: list[Launch] = []
+    asked: list[str] = []
+    within: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if not within:
+                asked.append(op.overloadpacket.__name__)
+            return op(*args, **(kwargs or {}))
+
+    def noted(name: str, op: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        within.append(name)
+        result = op(*arguments, **options)
+        within.pop()
+        return result
+
+    def watched(*arguments: Any) -> None:
+        launched.clear()
+        with Watch():
+            advance(*arguments)
+
+    ops = around(launches.planning(90, launched.append), "noted", noted)
+    monkeypatch.setattr(tracing, "advance", watched)
+    sizes = {"height": 512, "width": 512, "images": 1, "guided": True, "prompts": 2, "steps": [20]}
+    tracing.run_stages(SD15, lambda _: ops, torch.float16, **sizes, stages=["step"])
+    assert set(asked) <= {"view", "expand", "unsqueeze", "split_with_sizes", "select", "slice", "permute"}, set(asked)
+    assert len(launched) <= 350, Counter(launch.kernel.__name__ for launch in launched)
+    assert len(launched) == launches_of(SD15, 512)["step"].total()

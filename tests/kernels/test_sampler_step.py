@@ -1,13 +1,21 @@
-"""The sampler kernel against the reference op, row by row of a table."""
+"""The step's kernels against the reference ops, row by row of a table."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastsd.kernels.sampler_step import sampler_step
+from fastsd.kernels.sampler_step import sampler_step, step_input
 from fastsd.ops import REFERENCE, StepRow
-from tests.kernels.case import DEVICE, Output, draw
+from tests.kernels.case import DEVICE, DTYPES, Output, draw
+from tests.oracle import relative_l2
+
+
+def counter_at(row: int, last: int = 1000) -> torch.Tensor:
+    return torch.tensor([row, last, 0], dtype=torch.int32, device=DEVICE)
+
 
 LATENTS = {"one value": (1, 1, 1), "odd": (5, 7, 4), "several blocks and a tail": (16, 33, 4)}
 
@@ -24,18 +32,57 @@ def test_sampler_step(latent: tuple, slots: int, guided: bool, noisy: bool, dtyp
     table, guidance = draw(4, batch, slots, slots + 2, seed=3), draw(batch, seed=4, scale=5.0)
     for step in (0, 3):
         new = Output(slots, batch, *latent, dtype=torch.float32)
-        counter = torch.tensor([step], dtype=torch.int32, device=DEVICE)
+        counter = counter_at(step)
         sampler_step(state, out, noise, table, guidance, counter, new=new.tensor)
         wide = None if noise is None else noise.double()
         row = StepRow(table[step].double(), guidance.double())
         new.check("sampler_step", REFERENCE.sampler_step(state.double(), out.double(), wide, row))
+        assert counter.tolist() == [step + 1, 1000, 0]
+
+
+@pytest.mark.parametrize("latent", LATENTS.values(), ids=LATENTS)
+@pytest.mark.parametrize("slots", [1, 2, 5])
+@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_step_input(latent: tuple, slots: int, copies: int, dtype: torch.dtype) -> None:
+    state, weights = draw(slots, 3, *latent, seed=0), draw(4, slots, seed=1)
+    time_bias = draw(4, 321, seed=2, dtype=dtype)
+    for row in (0, 3):
+        found, time = step_input(state, weights, time_bias, counter_at(row), copies)
+        x, expected = REFERENCE.step_input(state, weights, time_bias, counter_at(row), copies)
+        assert torch.equal(time, expected)
+        assert torch.equal(time[0], time_bias[row])
+        assert found.dtype == dtype
+        exact = torch.einsum("s,sbhwc->bhwc", weights[row].double(), state.double()).repeat(copies, 1, 1, 1)
+        limit = 2 * relative_l2(x, exact) + 1e-6
+        assert relative_l2(found, exact) <= limit, f"{relative_l2(found, exact):.1e}, plain PyTorch allows {limit:.1e}"
+
+
+@pytest.mark.parametrize("run", [sampler_step, None], ids=["kernel", "reference"])
+def test_a_walk_in_place(run: Callable[..., torch.Tensor] | None) -> None:
+    """Row after row into the state itself, by the device's own counter; of the rows that give NaN the first is kept."""
+    table, guidance = draw(6, 2, 3, 5, seed=0, scale=0.5), draw(2, seed=1)
+    outs = draw(6, 4, 9, 7, 4, seed=2)
+    outs[3, 1, 2, 3, 1] = float("nan")
+    state, counter = draw(3, 2, 9, 7, 4, seed=3), counter_at(0, 6)
+    expected = state.clone()
+    for row in range(6):
+        expected = REFERENCE.sampler_step(expected, outs[row], None, StepRow(table[row], guidance))
+        if run is None:
+            step = StepRow(table, guidance, counter=counter)
+            found = REFERENCE.sampler_step(state, outs[row], None, step, new=state)
+        else:
+            found = run(state, outs[row], None, table, guidance, counter, new=state)
+        assert found is state
+        torch.testing.assert_close(state, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+        assert counter.tolist() == [row + 1, 6 if row < 3 else 3, 0]
 
 
 def test_a_table_shared_by_the_batch() -> None:
     """One sampler for all images: the table is expanded over B, and nothing is copied."""
     state, out = draw(2, 3, 4, 4, 4, seed=0), draw(3, 4, 4, 4, seed=1)
     table = draw(5, 1, 2, 4, seed=2).expand(-1, 3, -1, -1)
-    counter = torch.tensor([4], dtype=torch.int32, device=DEVICE)
+    counter = counter_at(4)
     guidance = draw(3, seed=3)
     new = Output(2, 3, 4, 4, 4, dtype=torch.float32)
     sampler_step(state, out, None, table, guidance, counter, new=new.tensor)
@@ -50,7 +97,8 @@ def test_a_table_shared_by_the_batch() -> None:
         ({"noise": draw(2, 4, 4, seed=0)}, "noise"),
         ({"table": draw(5, 2, 1, 4, seed=0)}, "table"),
         ({"guidance": draw(1, seed=0)}, "guidance"),
-        ({"step": torch.tensor([1])}, "step"),
+        ({"counter": torch.tensor([1, 2, 0])}, "counter"),
+        ({"counter": torch.zeros(1, dtype=torch.int32)}, "counter"),
     ],
 )
 def test_what_it_does_not_serve_it_refuses(change: dict, says: str) -> None:
@@ -60,10 +108,26 @@ def test_what_it_does_not_serve_it_refuses(change: dict, says: str) -> None:
         "noise": None,
         "table": draw(5, 2, 1, 3, seed=2),
         "guidance": draw(2, seed=3),
-        "step": torch.tensor([1], dtype=torch.int32, device=DEVICE),
+        "counter": counter_at(1),
     }
     with pytest.raises(ValueError, match=says):
         sampler_step(**arguments | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"state": draw(2, 2, 4, 4, 4, seed=0).half()}, "state"),
+        ({"weights": draw(5, 3, seed=0)}, "weights"),
+        ({"time_bias": draw(5, 8, seed=0).double()}, "time_bias"),
+        ({"time_bias": draw(8, 5, seed=0).T}, "time_bias"),
+        ({"counter": torch.zeros(1, dtype=torch.int32)}, "counter"),
+    ],
+)
+def test_what_the_input_kernel_does_not_serve_it_refuses(change: dict, says: str) -> None:
+    arguments = {"state": draw(2, 2, 4, 4, 4, seed=0), "weights": draw(5, 2, seed=1), "time_bias": draw(5, 8, seed=2)}
+    with pytest.raises(ValueError, match=says):
+        step_input(**arguments | {"counter": counter_at(1)} | change)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
@@ -80,9 +144,8 @@ def test_any_table(slots: int, batch: int, size: tuple[int, int], guided: bool, 
     out = draw((1 + guided) * batch, *size, 4, seed=1, dtype=torch.float16)
     noise = draw(batch, *size, 4, seed=2) if noisy else None
     table, guidance = draw(rows, batch, slots, slots + 2, seed=3), draw(batch, seed=4)
-    step = torch.tensor([rows - 1], dtype=torch.int32, device=DEVICE)
     new = Output(*state.shape, dtype=torch.float32)
-    sampler_step(state, out, noise, table, guidance, step, new.tensor)
+    sampler_step(state, out, noise, table, guidance, counter_at(rows - 1), new.tensor)
     wide = None if noise is None else noise.double()
     row = StepRow(table[-1].double(), guidance.double())
     new.check("sampler_step", REFERENCE.sampler_step(state.double(), out.double(), wide, row))
