@@ -147,6 +147,9 @@ def modified(path: Path | None) -> int | None:
 def execute(command: Sequence[str], box: float, log: Any, environment: Mapping[str, str]) -> int | None:
     """The exit code, or None where the time was up: the process is interrupted a little before, and at last killed with all
     that it started."""
+    # A shell's background job ignores interrupts, and so would the stage.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # A group of its own, not a session: it goes with this command where the machine ends that.
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0

@@ -110,9 +110,9 @@ def draw(call: Call, dtype: torch.dtype, device: torch.device) -> dict[str, Any]
     generator = torch.Generator(device).manual_seed(0)
 
     def drawn(argument: str, name: str, value: Any) -> Any:
-        if name == "counter":
-            return torch.zeros(value, dtype=torch.int32, device=device)
         if isinstance(value, torch.Size):
+            if name == "counter":
+                return torch.zeros(value, dtype=torch.int32, device=device)
             x = torch.randn(value, generator=generator, device=device)
             if name in ("w", "weights", "norm_w"):
                 x = 1 + 0.1 * x if len(value) == 1 else x * value[1:].numel() ** -0.5
@@ -142,7 +142,11 @@ def library(op: str, arguments: dict[str, Any]) -> Callable[[], Any]:
 
 def truth_of(op: str, arguments: dict[str, Any]) -> Any:
     """The reference op in fp64."""
-    wide = {name: replaced(value, Tensor, Tensor.double) for name, value in arguments.items()}
+
+    def widened(x: Tensor) -> Tensor:
+        return x.double() if x.is_floating_point() else x
+
+    wide = {name: replaced(value, Tensor, widened) for name, value in arguments.items()}
     return getattr(REFERENCE, op)(**wide)
 
 

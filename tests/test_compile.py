@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from typer.testing import CliRunner
 
 import fastsd
@@ -178,6 +179,7 @@ FAST: dict[str, Any] = {"width": 16, "num_inference_steps": 1, "seed": 0}
 def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """No interpreter, an sm_90 that is only named, nothing asked before; its empty cache."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(compiling, "_settled", set())
@@ -344,14 +346,14 @@ def test_a_size_that_is_refused_is_not_compiled(
 
 @pytest.mark.parametrize(
     ("ops", "device", "major", "interpret"),
-    [("triton", "cpu", 9, "0"), ("reference", "cuda", 9, "0"), ("triton", "cuda", 7, "0"), ("triton", "cuda", 9, "1")],
+    [("triton", "cpu", 9, 0), ("reference", "cuda", 9, 0), ("triton", "cuda", 7, 0), ("triton", "cuda", 9, 1)],
 )
 def test_elsewhere_nothing_is_compiled(
-    ops: str, device: str, major: int, interpret: str, started: list[Target], monkeypatch: pytest.MonkeyPatch
+    ops: str, device: str, major: int, interpret: int, started: list[Target], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On CPUs, by the reference, on a GPU that is not known, in the interpreter."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
-    monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", bool(interpret))
     drawing(monkeypatch, ops, device).warmup([(16, 16)], guidance=True)
     assert started == []
 
@@ -390,7 +392,6 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    import triton
 
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
     with pytest.raises(ParameterError, match="TRITON_INTERPRET"):

@@ -119,14 +119,21 @@ def gone(pid: int) -> bool:
     return False
 
 
-def test_an_interrupted_stage_may_still_write_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN], ids=["", "in the background"])
+def test_an_interrupted_stage_may_still_write_its_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, handler: Any
+) -> None:
     """As pytest does with --results. Half of the time each: a busy machine may need seconds to start and to write."""
     monkeypatch.setattr(device, "GRACE_SHARE", 0.5)
+    before = signal.signal(signal.SIGINT, handler)
     path = tmp_path / "partial.json"
     code = f"import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    {writing(path)}"
     stages = [stage("tests", code, result=path)]
     told = Report(tmp_path, {}, stages)
-    run_stage(stages[0], 8, told, os.environ)
+    try:
+        run_stage(stages[0], 8, told, os.environ)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert told.rows["tests"] | {"status": "timed out", "result": "partial.json"} == told.rows["tests"]
 
 
