@@ -5,9 +5,8 @@ seed ─► latents [B, H/8, W/8, 4] ─► UNet × n, each followed by one row 
 sampler ─► table (timesteps, update matrices): once, in fp64, on the host ─┘
 """
 
-import copy
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,36 +14,31 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastsd import compiling, images, metadata
-from fastsd.backends import refresh_weights, select_ops
+from fastsd.backends import select_ops
 from fastsd.checkpoints import open_folder, resolve
 from fastsd.checks import choice, float_tensor, text_or_none
 from fastsd.config import CLIPConfig, ModelConfig
-from fastsd.denoise import Denoiser, Walk
+from fastsd.denoise import Walk
 from fastsd.device import Stopwatch, computing, select_device, select_dtype
-from fastsd.errors import CheckpointError, NumericsError, ParameterError
-from fastsd.graph import CudaGraphs, Graphs
-from fastsd.models.clip import CLIPText
-from fastsd.models.unet import UNet
-from fastsd.models.vae import VAE
+from fastsd.errors import CheckpointError, ParameterError
 from fastsd.noise import NoiseSource
 from fastsd.ops import Ops
 from fastsd.prompt import encode_request
 from fastsd.request import Request, StepCallback, check_request, check_seeds
 from fastsd.result import Result
 from fastsd.sampling import SAMPLERS, NoiseSchedule, Table, make_table
+from fastsd.stages import Stages
 from fastsd.tokenizer import Tokenizer
 from fastsd.wording import quoted
 
 BUNDLED = Path(__file__).parent / "assets" / "shapes-64"
-GRAPH_MEMORY = 4 * 2**30
-"""Bytes of GPU memory that a pipeline's CUDA graphs may hold; the least recently used goes first."""
 logger = logging.getLogger("fastsd")
 
 
-class Pipeline:
+class Pipeline(Stages):
     """A Stable Diffusion model, ready to draw. `Pipeline()` is the small model that comes with fastsd.
 
     Its methods keep no state between calls: threads may share one Pipeline, and each gets what it would get alone.
@@ -72,7 +66,7 @@ class Pipeline:
         with packed weights on the CPU, "triton" our kernels on the GPU; or an `fastsd.ops.Ops` of your own mixing.
         variant: which weight files, e.g. "fp16". revision, token, cache_dir, local_files_only: as huggingface_hub takes
         them. allow_pickle: also read `.bin` weights, which old folders hold (never code).
-        graphs: on a GPU, capture each stage of a size in a CUDA graph the second time it is drawn; GRAPH_MEMORY bounds them.
+        graphs: on a GPU, capture each stage of a size in a CUDA graph the second time it is drawn; 4 GiB bound them.
 
         Raises CheckpointError (HubError for the Hub) if the model cannot be had or is not SD 1.x or 2.x, and
         ParameterError for the arguments.
@@ -81,9 +75,9 @@ class Pipeline:
             raise ParameterError(f"model: must be a folder or a Hub id, not {quoted(model)}")
         for name, value in {"variant": variant, "revision": revision}.items():
             text_or_none(name, value)
-        self.device = select_device(device)
-        self.dtype = select_dtype(dtype, self.device)
-        self.ops = backend if isinstance(backend, Ops) else select_ops(backend, self.device)
+        chosen = select_device(device)
+        chosen_dtype = select_dtype(dtype, chosen)
+        ops = backend if isinstance(backend, Ops) else select_ops(backend, chosen)
         path = resolve(
             model,
             revision=revision,
@@ -96,23 +90,12 @@ class Pipeline:
         self.name = (
             Path(model).resolve().name if Path(model).is_dir() else str(model)
         )  # never a path: it goes into files
-        self.config = ModelConfig.from_json(folder.text_encoder, folder.unet, folder.vae)
+        config = ModelConfig.from_json(folder.text_encoder, folder.unet, folder.vae)
         # Stable Diffusion was trained to be sampled from timestep 1; diffusers overrides older configs likewise.
         self.noise_schedule = NoiseSchedule.from_config(folder.scheduler | {"steps_offset": 1})
         self.tokenizer = Tokenizer.from_folder(folder.tokenizer)
-        check_vocabulary(self.tokenizer, self.config.text_encoder)
-        with torch.inference_mode(False), torch.device("meta"):
-            self.text_encoder = CLIPText(self.config.text_encoder, self.ops)
-            self.unet = UNet(self.config.unet, self.ops)
-            self.vae = VAE(self.config.vae, self.ops)
-        nets: dict[str, nn.Module] = {"text_encoder": self.text_encoder, "unet": self.unet, "vae": self.vae}
-        with torch.inference_mode(False):  # weights that count their changes, wherever the Pipeline is made
-            for component, net in nets.items():
-                folder.load_weights(component, net, self.dtype, self.device)
-                net.eval()
-        self.graphs = Graphs(CudaGraphs(self.device), GRAPH_MEMORY) if graphs and self.device.type == "cuda" else None
-        self._weights_at: list[int] = []
-        self._denoiser = Denoiser(self.unet, self.ops, self.graphs)
+        check_vocabulary(self.tokenizer, config.text_encoder)
+        super().__init__(config, folder, ops, chosen, chosen_dtype, graphs)
         self._compile = partial(compiling.prepare, self.config, self.ops, self.device, self.dtype)
 
     @classmethod
@@ -269,25 +252,6 @@ class Pipeline:
             self._refresh()
             return self._draw(_nhwc(latents.to(self.device, torch.float32)), output_type, [])
 
-    def _encode_tokens(self, ids: Tensor, clip_skip: int) -> Tensor:
-        """Token ids [U, 77] → context [U, 77, C]."""
-        key = ("text", len(ids), clip_skip)
-        return self._replayed(key, lambda ids: self.text_encoder(ids, clip_skip), ids.to(self.device))
-
-    def _refresh(self) -> None:
-        """Let graphs see weights that were changed in place; forget them where weights were moved."""
-        if self.graphs is None:
-            return
-        refresh_weights()
-        nets = (self.text_encoder, self.unet, self.vae)
-        at = [parameter.data_ptr() for net in nets for parameter in net.parameters()]
-        if at != self._weights_at:
-            self.graphs.clear()
-            self._weights_at = at
-
-    def _replayed(self, key: Hashable, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        return function(*inputs) if self.graphs is None else self.graphs.call(key, function, *inputs)
-
     def _denoise(
         self, request: Request, table: Table, context: Tensor, rows: Tensor, callback: StepCallback | None
     ) -> Tensor:
@@ -305,12 +269,7 @@ class Pipeline:
             latents=unit.to(self.device, torch.float32),
         )
         after_step = None if callback is None else partial(self._call_back, callback, table)
-        latents, survived = self._denoiser.run(walk, after_step)
-        if survived < len(table):
-            raise NumericsError(
-                f"unet: a non-finite value at step {survived + 1} of {len(table)} in {self.dtype}{self._advice()}"
-            )
-        return latents
+        return self._walk(walk, after_step)
 
     def _call_back(self, callback: StepCallback, table: Table, step: int, latents: Tensor) -> None:
         """latents [B, H, W, C]: a view of the state, overwritten by what the callback returns instead."""
@@ -332,24 +291,6 @@ class Pipeline:
         if output_type == "latent":
             return _nchw(latents)
         return images.from_tensor(self._finite("decode", [latents], notes), output_type)
-
-    def _finite(self, method: str, inputs: list[Tensor | None], notes: list[str]) -> Tensor:
-        """What the VAE's method gives, in fp32. Where half precision overflows it is computed again in fp32, and noted."""
-
-        given = [x for x in inputs if x is not None]
-        key = (method, *(tuple(x.shape) for x in given))
-        half = [x.to(self.device, self.dtype) for x in given]
-        result = self._replayed(key, getattr(self.vae, method), *half).float()
-        if not result.isfinite().all() and self.dtype != torch.float32:
-            notes.append(f"vae: non-finite values in {self.dtype}; computed again in float32")
-            full = copy.deepcopy(self.vae).float()
-            result = getattr(full, method)(*[x.to(self.device, torch.float32) for x in given])
-        if not result.isfinite().all():
-            raise NumericsError(f"vae: {method} gives non-finite values; the input or the checkpoint is damaged")
-        return result
-
-    def _advice(self) -> str:
-        return "; the checkpoint is damaged" if self.dtype == torch.float32 else "; try dtype='float32'"
 
     def _parameters(self, request: Request, table: Table) -> list[str]:
         """A1111's text for each image."""
