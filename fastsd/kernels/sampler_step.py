@@ -94,9 +94,8 @@ def sampler_step_kernel(
     row = tl.load(counter_ptr)
     row_ptr = update_ptr + row.to(tl.int64) * update_step_stride + image * update_image_stride
     old_ptrs = state_ptr + slots.to(tl.int64)[:, None] * B * SIZE + here[None, :]
-    old = tl.load(
-        old_ptrs, mask=(slots < S)[:, None] & inside[None, :], other=0.0
-    )  # all of it, before any is overwritten
+    old = tl.load(old_ptrs, mask=(slots < S)[:, None] & inside[None, :], other=0.0)
+    tl.debug_barrier()  # where new is the state, every thread has read before one writes
     out = tl.load(out_ptr + here, mask=inside, other=0.0).to(tl.float32)
     if GUIDED:
         cond = tl.load(out_ptr + (image + B) * SIZE + offs, mask=inside, other=0.0).to(tl.float32)
