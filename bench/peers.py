@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.workloads import GUIDANCE, PROMPT, Case, Contender, Drawn, Inputs
+from fastsd.errors import ParameterError
 from fastsd.graph import Captured, capture
 from fastsd.sampling.names import SAMPLERS, canonical_sampler
 
@@ -80,8 +81,15 @@ def load(case: Case) -> Any:
         sampler, schedule = canonical_sampler(case.sampler)
         # What StableDiffusionPipeline forces on the scheduler it is loaded with.
         forced: dict[str, Any] = {"clip_sample": False, "skip_prk_steps": True, "steps_offset": 1}
-        options = forced | ({"use_karras_sigmas": True} if schedule == "karras" else {})
-        twin = getattr(diffusers, SAMPLERS[sampler].diffusers_class)
+        info = SAMPLERS[sampler]
+        if not info.diffusers_class:
+            raise ParameterError(f"sampler: diffusers has no {info.label} to measure against; choose another")
+        options = forced | dict(info.diffusers_options)
+        if schedule in ("karras", "exponential", "beta"):
+            options[f"use_{schedule}_sigmas"] = True
+        elif schedule == "sgm_uniform":
+            options["timestep_spacing"] = "trailing"
+        twin = getattr(diffusers, info.diffusers_class)
         pipe.scheduler = twin.from_config(dict(pipe.scheduler.config) | options)
     return pipe
 

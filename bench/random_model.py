@@ -70,7 +70,13 @@ def _unet(config: UNetConfig) -> dict[str, Any]:
 
 def _vae(config: VAEConfig, latent_size: int) -> dict[str, Any]:
     settings = asdict(config)
-    for key in ("down_attention", "up_attention", "resamp_with_conv"):  # of latent-diffusion's; the presets have none
+    for key in (
+        "down_attention",
+        "up_attention",
+        "resamp_with_conv",
+        "use_conv_shortcut",
+        "z_channels",
+    ):  # of latent-diffusion's; the presets have none
         del settings[key]
     levels = len(config.block_out_channels)
     return {

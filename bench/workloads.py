@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsd.checkpoints import open_folder
+from fastsd.checkpoints import open_model
 from fastsd.config import ModelConfig
 from fastsd.device import DTYPES
 from fastsd.verify import psnr
@@ -103,7 +103,7 @@ class Inputs:
 
 
 def model_config(folder: str | Path) -> ModelConfig:
-    opened = open_folder(Path(folder))
+    opened = open_model(folder)
     return ModelConfig.from_json(opened.text_encoder, opened.unet, opened.vae)
 
 

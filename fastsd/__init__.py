@@ -3,12 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastsd.noise import slerp
     from fastsd.pipeline import Pipeline
     from fastsd.result import Result
 
 __version__ = "0.1.0"
 
-__all__ = ["Pipeline", "Result", "__version__"]
+__all__ = ["Pipeline", "Result", "__version__", "slerp"]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,4 +22,8 @@ def __getattr__(name: str) -> Any:
         from fastsd.result import Result
 
         return Result
+    if name == "slerp":
+        from fastsd.noise import slerp
+
+        return slerp
     raise AttributeError(f"module 'fastsd' has no attribute {name!r}")

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from fastsd import tracing
-from fastsd.checkpoints import open_folder, resolve
+from fastsd.checkpoints import open_model
 from fastsd.checks import choice, integer
 from fastsd.config import SD15, SD21, ModelConfig
 from fastsd.device import DTYPES
@@ -308,5 +308,5 @@ def check_target(
 
 
 def _configs(model: str, revision: str | None) -> ModelConfig:
-    folder = open_folder(resolve(model, revision=revision))
+    folder = open_model(model, revision=revision)
     return ModelConfig.from_json(folder.text_encoder, folder.unet, folder.vae)

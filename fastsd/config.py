@@ -118,13 +118,15 @@ class VAEConfig:
 
     in_channels: int = 3
     out_channels: int = 3
-    latent_channels: int = 4
+    latent_channels: int = 4  # of the latents that the UNet sees: latent diffusion's embed_dim
+    z_channels: int | None = None  # of the encoder's mean and the decoder's input; None: latent_channels
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     layers_per_block: int = 2
     down_attention: tuple[bool, ...] = (False, False, False, False)
     up_attention: tuple[bool, ...] = (False, False, False, False)
     mid_block_add_attention: bool = True
     resamp_with_conv: bool = True  # False: average pooling down, bare nearest ×2 up (latent diffusion's name for it)
+    use_conv_shortcut: bool = False  # True: 3×3 instead of 1×1 beside a ResBlock that changes the width (likewise)
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215
     shift_factor: float = 0.0
@@ -136,33 +138,50 @@ class VAEConfig:
         """Pixels a latent, along each axis: 8 for Stable Diffusion."""
         return 2 ** (len(self.block_out_channels) - 1)
 
+    @property
+    def coded_channels(self) -> int:
+        """Channels between the quant convs and the nets: z_channels, in full."""
+        return self.latent_channels if self.z_channels is None else self.z_channels
+
     @classmethod
     def from_json(cls, json: Mapping[str, Any]) -> "VAEConfig":
-        """From diffusers' AutoencoderKL config.json; CheckpointError on what fastsd cannot run."""
-        read = JsonReader(json, "vae/config.json", nullable=("shift_factor",))
+        """From diffusers' AutoencoderKL config.json; CheckpointError on what fastsd cannot run.
+
+        Its latent_channels are `z_channels` here. Latent diffusion's embed_dim, resamp_with_conv and use_conv_shortcut,
+        which diffusers does not know, are read as well.
+        """
+        read = JsonReader(json, "vae/config.json", nullable=("shift_factor", "embed_dim"))
         read.require(_VAE_FIXED, _NOT_RUN)
-        channels = _channels(read, (64,))
-        scaling_factor = read.number("scaling_factor", 0.18215)
-        if scaling_factor == 0:
-            raise read.error("scaling_factor", "must not be 0: latents are divided by it")
-        down = ("AttnDownEncoderBlock2D", "DownEncoderBlock2D")
-        up = ("AttnUpDecoderBlock2D", "UpDecoderBlock2D")
-        return cls(
-            in_channels=read.integer("in_channels", 3),
-            out_channels=read.integer("out_channels", 3),
-            latent_channels=read.integer("latent_channels", 4),
-            block_out_channels=channels,
-            layers_per_block=read.integer("layers_per_block", 1, high=MAX_DEPTH),
-            down_attention=_attention(read, "down_block_types", (down[1],) * len(channels), down),
-            up_attention=_attention(read, "up_block_types", (up[1],) * len(channels), up),
-            mid_block_add_attention=read.flag("mid_block_add_attention", True),
-            resamp_with_conv=read.flag("resamp_with_conv", True),
-            norm_num_groups=read.integer("norm_num_groups", 32),
-            scaling_factor=scaling_factor,
-            shift_factor=read.number("shift_factor", 0.0),
-            use_quant_conv=read.flag("use_quant_conv", True),
-            use_post_quant_conv=read.flag("use_post_quant_conv", True),
-        )
+        before, behind = read.flag("use_quant_conv", True), read.flag("use_post_quant_conv", True)
+        settings = _autoencoder(read, "embed_dim", read.integer("latent_channels", 4))
+        if settings["z_channels"] is not None and not (before and behind):
+            raise read.error("embed_dim", "may differ from latent_channels only with both quant convs")
+        shift_factor = read.number("shift_factor", 0.0)
+        return cls(**settings, shift_factor=shift_factor, use_quant_conv=before, use_post_quant_conv=behind)
+
+
+@dataclass(frozen=True)
+class VQConfig(VAEConfig):
+    """VQModel: an autoencoder with a codebook. Defaults: latent diffusion's vq-f4. It always has both quant convs."""
+
+    latent_channels: int = 3
+    block_out_channels: tuple[int, ...] = (128, 256, 512)
+    down_attention: tuple[bool, ...] = (False, False, False)
+    up_attention: tuple[bool, ...] = (False, False, False)
+    scaling_factor: float = 1.0
+    num_vq_embeddings: int = 8192  # entries of the codebook, each as wide as latent_channels
+
+    @classmethod
+    def from_json(cls, json: Mapping[str, Any]) -> "VQConfig":
+        """From diffusers' VQModel config.json, whose vq_embed_dim are the latents' channels; CheckpointError likewise."""
+        read = JsonReader(json, "vqvae/config.json", nullable=("vq_embed_dim",))
+        read.require(_VQ_FIXED, _NOT_RUN)
+        norm = json.get("norm_type", "group")
+        if norm != "group":
+            movq = "; spatial norms are MoVQ's, which fastsd does not run" if norm == "spatial" else ""
+            raise read.error("norm_type", f"must be group{movq}")
+        settings = _autoencoder(read, "vq_embed_dim", read.integer("latent_channels", 3))
+        return cls(**settings, num_vq_embeddings=read.integer("num_vq_embeddings", 256))
 
 
 @dataclass(frozen=True)
@@ -185,7 +204,8 @@ class ModelConfig:
         if context != hidden:
             raise CheckpointError(f"the unet reads a context {context} wide, but the text_encoder's is {hidden}")
         latents = self.vae.latent_channels
-        if not self.unet.in_channels == self.unet.out_channels == latents:
+        inpainting = 2 * latents + 1  # the mask and the masked image's latents lie beside the latents
+        if self.unet.in_channels not in (latents, inpainting) or self.unet.out_channels != latents:
             channels = f"{self.unet.in_channels} channels to {self.unet.out_channels}"
             raise CheckpointError(f"the unet takes {channels}, but the vae's latents have {latents}")
 
@@ -261,12 +281,40 @@ _UNET_FIXED: dict[str, tuple[Any, ...]] = {
     "time_embedding_type": ("positional",),
     "timestep_post_act": (None,),
 }
-_VAE_FIXED: dict[str, tuple[Any, ...]] = {
+_VQ_FIXED: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu", "swish"),
-    "latents_mean": (None,),
-    "latents_std": (None,),
     "quantization_config": (None,),
 }
+_VAE_FIXED: dict[str, tuple[Any, ...]] = _VQ_FIXED | {
+    "latents_mean": (None,),
+    "latents_std": (None,),
+}
+
+
+def _autoencoder(read: JsonReader, latents_key: str, z_channels: int) -> dict[str, Any]:
+    """What VAEConfig and VQConfig have in common; latents_key names the latents' channels, z_channels if it is not there."""
+    channels = _channels(read, (64,))
+    scaling_factor = read.number("scaling_factor", 0.18215)
+    if scaling_factor == 0:
+        raise read.error("scaling_factor", "must not be 0: latents are divided by it")
+    latent_channels = read.integer(latents_key, z_channels)
+    down = ("AttnDownEncoderBlock2D", "DownEncoderBlock2D")
+    up = ("AttnUpDecoderBlock2D", "UpDecoderBlock2D")
+    return {
+        "in_channels": read.integer("in_channels", 3),
+        "out_channels": read.integer("out_channels", 3),
+        "latent_channels": latent_channels,
+        "z_channels": None if latent_channels == z_channels else z_channels,
+        "block_out_channels": channels,
+        "layers_per_block": read.integer("layers_per_block", 1, high=MAX_DEPTH),
+        "down_attention": _attention(read, "down_block_types", (down[1],) * len(channels), down),
+        "up_attention": _attention(read, "up_block_types", (up[1],) * len(channels), up),
+        "mid_block_add_attention": read.flag("mid_block_add_attention", True),
+        "resamp_with_conv": read.flag("resamp_with_conv", True),
+        "use_conv_shortcut": read.flag("use_conv_shortcut", False),
+        "norm_num_groups": read.integer("norm_num_groups", 32),
+        "scaling_factor": scaling_factor,
+    }
 
 
 def _sample_size(read: JsonReader) -> int:

@@ -19,9 +19,22 @@ from fastsd.ops import Ops, StepRow
 from fastsd.sampling import Table
 
 SLOTS = 5
-"""Latents of the longest state (PLMS keeps 4; UniPC and Heun would need 5). A table of fewer is filled up with zeros."""
+"""Latents of the longest state (PLMS, LMS and UniPC keep 4), and one to spare. A table of fewer is filled up with zeros."""
 ROWS = 1024
 """Rows of a captured step's tables: more than a schedule of 1000 timesteps has. Longer ones run eagerly."""
+
+
+class Kept(NamedTuple):
+    """What a walk keeps of an image while it paints the rest."""
+
+    mask: Tensor
+    """[B, H, W, 1] fp32: 1 where the walk paints, 0 where the image stays."""
+    image: Tensor
+    """[B, H, W, C] fp32 latents."""
+    noise: Tensor
+    """[B, H, W, C] fp32, what the image is noised with, the same at every level."""
+    levels: Tensor
+    """[n+1, 2] fp32: (image's share, noise's share) in the latents before each step and after the last, (1, 0)."""
 
 
 class Walk(NamedTuple):
@@ -36,7 +49,10 @@ class Walk(NamedTuple):
     rescale: float
     noise: NoiseSource
     latents: Tensor
-    """[B, H, W, C] fp32 unit noise, not yet scaled."""
+    """[B, H, W, C] fp32, what the table's initial scale makes the first state of: unit noise, if it is a whole walk."""
+    kept: Kept | None = None
+    condition: Tensor | None = None
+    """[B, H, W, E], what an inpainting UNet sees beside the latents: the mask and the latents of what is outside it."""
 
     @property
     def guided(self) -> bool:
@@ -64,6 +80,10 @@ class Buffers:
     """[B] fp32"""
     counter: Tensor
     """[3] int32: see `StepRow.counter`"""
+    kept: Kept | None
+    """Its levels for rows + 1 steps."""
+    condition: Tensor | None
+    """[U, H, W, E] in the UNet's dtype"""
 
     @classmethod
     def allocate(cls, walk: Walk, rows: int) -> "Buffers":
@@ -84,6 +104,12 @@ class Buffers:
             guidance=zeros(batch),
             rescale=zeros(batch) if walk.rescale else None,
             counter=zeros(3, dtype=torch.int32),
+            kept=None
+            if walk.kept is None
+            else Kept(zeros(*x.shape[:3], 1), torch.zeros_like(x), torch.zeros_like(x), zeros(rows + 1, 2)),
+            condition=None
+            if walk.condition is None
+            else zeros(len(walk.keys[0][0]), *walk.condition.shape[1:], dtype=time_bias.dtype),
         )
 
     def load(self, walk: Walk) -> None:
@@ -108,15 +134,31 @@ class Buffers:
             self.rescale.fill_(walk.rescale)
         self.counter.zero_()
         self.counter[1] = n
+        if self.kept is not None and walk.kept is not None:
+            for buffer, tensor in zip(self.kept[:3], walk.kept[:3], strict=True):
+                buffer.copy_(tensor)
+            self.kept.levels[: n + 1].copy_(walk.kept.levels)
+        if self.condition is not None and walk.condition is not None:
+            self.condition.view(-1, *walk.condition.shape).copy_(walk.condition)
 
 
 def advance(unet: UNet, ops: Ops, buffers: Buffers, guided: bool) -> None:
-    """One step, in place: the UNet on what the table shows it of the state, guidance, the table's row."""
+    """One step, in place: the UNet on what the table shows it of the state, guidance, the table's row, what is kept."""
     b = buffers
     x, time_bias = ops.step_input(b.state, b.model_input, b.time_bias, b.counter, 2 if guided else 1)
+    x = x if b.condition is None else torch.cat([x, b.condition], dim=-1)
     out = unet(x, time_bias.expand(len(x), -1), b.keys)
     table = b.update[:, None].expand(-1, len(b.noise), -1, -1)  # [rows, B, SLOTS, SLOTS+2]
     ops.sampler_step(b.state, out, b.noise, StepRow(table, b.guidance, b.rescale, b.counter), new=b.state)
+    if b.kept is not None:
+        restore(b.state[0], b.kept, b.counter)
+
+
+def restore(latents: Tensor, kept: Kept, counter: Tensor) -> None:
+    """Outside the mask the latents [B, H, W, C] become the image, noised as before the counter's step; in place."""
+    level = kept.levels.index_select(0, counter[:1])  # [1, 2]
+    noised = level[:, 0] * kept.image + level[:, 1] * kept.noise
+    latents.copy_(torch.lerp(noised, latents, kept.mask))
 
 
 class Denoiser:
@@ -162,4 +204,5 @@ class Denoiser:
 
 def _key(walk: Walk) -> tuple[object, ...]:
     """What a captured step is made for."""
-    return ("step", tuple(walk.latents.shape), walk.guided, walk.keys[0][0].shape[1], bool(walk.rescale))
+    inpaints = walk.kept is not None, walk.condition is not None
+    return ("step", tuple(walk.latents.shape), walk.guided, walk.keys[0][0].shape[1], bool(walk.rescale), *inpaints)

@@ -1,5 +1,6 @@
 """Images in and out: files, PIL images and arrays ↔ tensors [B, H, W, 3] in [−1, 1]."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from fastsd.checks import FLOATS
+from fastsd.checks import FLOATS, integer
 from fastsd.errors import ImageError
 
 MAX_PIXELS = 4096 * 4096
@@ -22,12 +23,21 @@ def load_image(path: str | Path) -> Image.Image:
     Raises ImageError for anything else, for a damaged file, and above 16.8 megapixels (judged by the header, before
     the pixels are decoded).
     """
+    return _load(path, to_rgb)
+
+
+def load_grey(path: str | Path) -> Image.Image:
+    """The same for a mask: upright grey of 8 bits; transparency is not looked at."""
+    return _load(path, to_grey)
+
+
+def _load(path: str | Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     name = Path(path).name
     try:
         with Image.open(path, formats=FORMATS) as image:
             _check_size(image.size, name)
             image.load()
-            return to_rgb(image)
+            return convert(image)
     except UnidentifiedImageError as error:
         raise ImageError(f"{name}: not a PNG, JPEG or WebP image") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -38,14 +48,43 @@ def load_image(path: str | Path) -> Image.Image:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Upright RGB: EXIF orientation applied, palette, CMYK, grey and 16-bit converted, transparency laid on white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey: PIL's own conversion to 8 bits clips instead of scaling
-        levels = np.asarray(image, dtype=np.float64)
-        image = Image.fromarray(np.clip(np.round(levels / 257.0), 0, 255).astype(np.uint8))
+    image = _upright(image)
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def to_grey(image: Image.Image) -> Image.Image:
+    """Upright 8-bit grey, as a mask is read: colours by their luminance, transparency not looked at."""
+    return _upright(image).convert("L")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """EXIF orientation applied, 16-bit grey scaled to 8."""
+    image = ImageOps.exif_transpose(image)
+    if not image.mode.startswith("I"):
+        return image
+    levels = np.asarray(image, dtype=np.float64)  # PIL's own conversion to 8 bits clips instead of scaling
+    return Image.fromarray(np.clip(np.round(levels / 257.0), 0, 255).astype(np.uint8))
+
+
+def extend(
+    image: str | Path | Image.Image, left: int = 0, right: int = 0, top: int = 0, bottom: int = 0
+) -> tuple[Image.Image, Image.Image]:
+    """Outpainting: the image on a canvas that is so many pixels larger on each side, and the mask of what is new.
+
+    The image's outermost pixels run on to the canvas' edge, for a strength below 1 to begin from. Both go into
+    `Pipeline.generate(image=…, mask_image=…)`. Raises ImageError for the image, or a canvas over the budget of pixels,
+    ParameterError for the numbers.
+    """
+    sides = {"left": left, "right": right, "top": top, "bottom": bottom}
+    left, right, top, bottom = (integer(name, value, 0, MAX_PIXELS) for name, value in sides.items())
+    picture = load_image(image) if isinstance(image, str | Path) else to_rgb(image)
+    _check_size((picture.width + left + right, picture.height + top + bottom), "the extended canvas")
+    around = ((top, bottom), (left, right))
+    mask = np.pad(np.zeros((picture.height, picture.width), np.uint8), around, constant_values=255)
+    return Image.fromarray(np.pad(np.asarray(picture), (*around, (0, 0)), mode="edge")), Image.fromarray(mask)
 
 
 def to_tensor(image: Any, multiple: int) -> Tensor:
@@ -82,13 +121,19 @@ def to_tensor(image: Any, multiple: int) -> Tensor:
 
 def from_tensor(x: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
     """[B, H, W, 3] in [−1, 1] → what output_type names: PIL images; "np" [B, H, W, 3] or "pt" [B, 3, H, W] in [0, 1]."""
-    x = (x.float() * 0.5 + 0.5).clamp(0.0, 1.0)
-    if output_type == "pt":
-        return x.permute(0, 3, 1, 2).contiguous()
-    array = x.cpu().numpy()
-    if output_type == "np":
-        return array
-    return [Image.fromarray(one) for one in (array * 255.0).round().astype(np.uint8)]
+    if output_type == "pil":
+        return to_pil(x)
+    x = _unit(x)
+    return x.permute(0, 3, 1, 2).contiguous() if output_type == "pt" else x.cpu().numpy()
+
+
+def to_pil(x: Tensor) -> list[Image.Image]:
+    """[B, H, W, 3] in [−1, 1] → images of 8 bits."""
+    return [Image.fromarray(one) for one in (_unit(x).cpu().numpy() * 255.0).round().astype(np.uint8)]
+
+
+def _unit(x: Tensor) -> Tensor:
+    return (x.float() * 0.5 + 0.5).clamp(0.0, 1.0)
 
 
 def _from_tensor(image: Tensor) -> Tensor:

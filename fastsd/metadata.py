@@ -77,7 +77,15 @@ _SETTINGS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
     ("model_hash", "Model hash", _string),
     ("model", "Model", _string),
     ("clip_skip", "Clip skip", _whole),
+    ("variation_seed", "Variation seed", _whole),
+    ("variation_strength", "Variation seed strength", _number),
     ("denoising_strength", "Denoising strength", _number),
+    ("mask_blur", "Mask blur", _number),
+    ("padding", "Masked area padding", _whole),
+    ("hires_scale", "Hires upscale", _number),
+    ("hires_steps", "Hires steps", _whole),
+    ("hires_upscaler", "Hires upscaler", _string),
+    ("emphasis", "Emphasis", _string),
     ("eta", "Eta DDIM", _number),
     ("guidance_rescale", "CFG rescale", _number),
     ("version", "Version", _string),
@@ -92,8 +100,9 @@ def format_parameters(fields: Mapping[str, Any]) -> str:
 
     fields: prompt, steps, sampler (the web UI's label), cfg_scale, width and height (pixels); optional, left out when None
     or "": negative_prompt, schedule_type, seed, model_hash, model, clip_skip (the web UI's count, also left out at 1),
-    denoising_strength, eta, guidance_rescale, version (default: this fastsd). ParameterError names a field that is
-    unknown, missing or of the wrong kind.
+    variation_seed, variation_strength, denoising_strength, mask_blur (pixels), padding (of the masked area, pixels),
+    hires_scale, hires_steps, hires_upscaler, emphasis, eta, guidance_rescale, version (default: this fastsd).
+    ParameterError names a field that is unknown, missing or of the wrong kind.
     """
     unknown = sorted(set(fields) - _KNOWN)
     if unknown:
@@ -121,7 +130,7 @@ def parse_parameters(text: str) -> dict[str, Any]:
     """The fields of a text that `format_parameters` or the web UI wrote, in time linear in its length.
 
     `prompt` and `negative_prompt` are always there, the other fields of `format_parameters` where the text has them.
-    Settings of other names (Hires upscale, Lora hashes, …), and known ones whose value is of the wrong kind, are
+    Settings of other names (Face restoration, Lora hashes, …), and known ones whose value is of the wrong kind, are
     strings under `extra`, by their label. Any text parses: without settings it is all prompt.
     """
     head, _, last = text.rstrip().rpartition("\n")

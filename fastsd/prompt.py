@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from fastsd.errors import PromptError
+from fastsd.prompt_chunks import STYLES, Chunk
 from fastsd.request import Request
 from fastsd.tokenizer import Tokenizer
-from fastsd.wording import quoted
 
-Encode = Callable[[Tensor], Tensor]
-"""Token ids [U, 77] on the CPU → context [U, 77, C] on the device."""
+Encode = Callable[[Sequence[tuple[int, ...]]], Sequence[Tensor]]
+"""Token ids of chunks, 77 each → their contexts [77, C] on the device."""
 
 
 def encode_request(
@@ -32,9 +32,9 @@ def encode_request(
     parts: list[Tensor] = []
     row_of: dict[str, int] = {}
     if texts:
-        context, row_of, cut = encode_prompts(tokenizer, encode, texts)
+        longest = max((embeds.shape[1] for _, embeds in sides if embeds is not None), default=0)
+        context, row_of = encode_prompts(tokenizer, encode, texts, request.prompt_style, notes, longest)
         parts.append(context)
-        notes += cut
     rows: list[list[int]] = []
     for prompts, embeds in sides:
         if prompts is not None:
@@ -53,18 +53,38 @@ def encode_request(
 
 
 def encode_prompts(
-    tokenizer: Tokenizer, encode: Encode, prompts: Sequence[str]
-) -> tuple[Tensor, dict[str, int], list[str]]:
-    """Prompts → (context [U, 77, C], each text's row in it, warnings). A text is encoded once however often it stands in P.
+    tokenizer: Tokenizer, encode: Encode, prompts: Sequence[str], style: str, notes: list[str], longest: int = 0
+) -> tuple[Tensor, dict[str, int]]:
+    """Prompts → (context [U, L, C], each text's row in it). A text is encoded once however often it stands in P.
 
-    A prompt past the encoder's 77 tokens (75 words and pieces of words) is cut there, and a warning says what fell off.
+    L = 77 a chunk. Prompts of fewer chunks than the longest get empty ones; in style "a1111" also where embeddings `longest`
+    tokens long stand beside them. A warning goes to notes for each prompt that was cut.
     """
     texts = list(dict.fromkeys(prompts))
-    tokens = tokenizer.encode(texts)
-    limit = tokenizer.max_length
-    warnings = [
-        f"a prompt ({quoted(text)}) is longer than {limit} tokens, so this was left out: {quoted(dropped)}"
-        for text, dropped in zip(texts, tokens.dropped, strict=True)
-        if dropped
-    ]
-    return encode(torch.tensor(tokens.ids)), {text: row for row, text in enumerate(texts)}, warnings
+    rows: list[list[Chunk]] = []
+    for text in texts:
+        chunks, warning = STYLES[style](tokenizer, text)
+        rows.append(chunks)
+        notes += [warning] if warning else []
+    count = max(map(len, rows))
+    if style == "a1111":
+        count = max(count, longest // tokenizer.max_length)
+    empty = Chunk(tuple(tokenizer.framed([])))
+    rows = [row + [empty] * (count - len(row)) for row in rows]
+    ids = list(dict.fromkeys(chunk.ids for row in rows for chunk in row))
+    contexts = dict(zip(ids, encode(ids), strict=True))
+    joined = [torch.cat([weighted(contexts[chunk.ids], chunk.weights) for chunk in row]) for row in rows]
+    return torch.stack(joined), {text: row for row, text in enumerate(texts)}
+
+
+def weighted(context: Tensor, weights: Sequence[float] | None) -> Tensor:
+    """A chunk's context [L, C] times its tokens' weights, then scaled to the mean it had: the web UI's "Original" emphasis.
+
+    In fp64: weights may bring the mean next to 0, and rounding would then decide the scale. At 0 it is left there.
+    """
+    if weights is None:
+        return context
+    before = context.double()
+    after = before * torch.tensor(weights, dtype=torch.float64, device=context.device)[:, None]
+    scale = before.mean() / after.mean()
+    return (after * torch.where(scale.isfinite(), scale, 1.0)).to(context.dtype)

@@ -1,10 +1,19 @@
 """What `generate` gives back."""
 
+import re
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
+
+from fastsd.hires import UPSCALERS, Hires
+from fastsd.image_source import Source
+from fastsd.metadata import format_parameters
+from fastsd.request import Request
+from fastsd.sampling import SAMPLERS, Table
+from fastsd.sampling.names import schedule_label
 
 
 @dataclass(frozen=True)
@@ -18,8 +27,50 @@ class Result:
     """One an image, each reproduces its image alone (beside the same latents, if any were given); None if the caller's
     generator drew."""
     timings: dict[str, float]
-    """Milliseconds a stage: "text", "unet", "vae", "total"."""
+    """Milliseconds a stage: "text", "encode" (of an image), "unet", "hires" (a second pass), "vae", "total"."""
     parameters: list[str]
     """A1111's `parameters` text for each image, as `fastsd.metadata.save_image` writes it into a file."""
     warnings: list[str] = field(default_factory=list)
     """What a user should know: words that were cut off, a stage that was repeated in fp32."""
+
+
+def describe(request: Request, source: Source | None, hires: Hires | None, table: Table, model: str) -> list[str]:
+    """A1111's text for each image of a request. table: the whole walk's or its end; hires: the second pass, if there is one."""
+    default = SAMPLERS[table.sampler].default_eta
+    per_prompt, variation = request.images_per_prompt, request.noise.variation
+    same: dict[str, Any] = {
+        "steps": len(table) if table.schedule == "custom" and source is None else request.steps,
+        "sampler": SAMPLERS[table.sampler].label,
+        "schedule_type": schedule_label(table.schedule),
+        "cfg_scale": request.guidance_scale,
+        "width": request.width,
+        "height": request.height,
+        "model": model,
+        "clip_skip": request.clip_skip + 1 if request.prompts else None,  # A1111 counts the last layer as 1
+        "eta": None if default is None or request.eta == default else request.eta,
+        "guidance_rescale": request.guidance_rescale or None,
+        "variation_strength": variation and variation.strength,
+    }
+    if source is not None:
+        same |= {
+            "denoising_strength": source.strength,
+            "mask_blur": source.mask_blur or None,
+            "padding": source.padding,
+        }
+    if hires is not None:
+        same |= {"denoising_strength": hires.strength, "hires_scale": hires.scale, "hires_steps": hires.steps}
+        same["hires_upscaler"] = UPSCALERS[hires.upscaler]
+    # The web UI's word for brackets that are letters; without any it makes no difference.
+    written = "".join((*(request.prompts or ()), *(request.negative_prompts or ())))
+    if request.prompt_style == "plain" and re.search(r"[()\[\]\\]|BREAK", written):
+        same["emphasis"] = "None"
+    texts = []
+    for index in range(request.batch):
+        own = {
+            "prompt": request.prompts[index // per_prompt] if request.prompts else "",
+            "negative_prompt": request.negative_prompts[index // per_prompt] if request.negative_prompts else "",
+            "seed": request.seeds[index] if request.seeds else None,
+            "variation_seed": variation and variation.seeds[index],
+        }
+        texts.append(format_parameters({key: value for key, value in (own | same).items() if value is not None}))
+    return texts

@@ -7,15 +7,17 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from fastsd.adapters import LoraAdapters, SwapLock
 from fastsd.backends import refresh_weights
-from fastsd.config import ModelConfig
+from fastsd.config import CLIPConfig, ModelConfig
 from fastsd.denoise import Denoiser, Walk
-from fastsd.errors import NumericsError
+from fastsd.errors import CheckpointError, NumericsError
 from fastsd.graph import CudaGraphs, Graphs
 from fastsd.models.clip import CLIPText
 from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE
 from fastsd.ops import Ops
+from fastsd.tokenizer import Tokenizer
 
 GRAPH_MEMORY = 4 * 2**30
 """Bytes of GPU memory that a pipeline's CUDA graphs may hold; the least recently used goes first."""
@@ -49,6 +51,12 @@ class Stages:
         self.graphs = Graphs(CudaGraphs(device), GRAPH_MEMORY) if graphs and device.type == "cuda" else None
         self._weights_at: list[int] = []
         self._denoiser = Denoiser(self.unet, ops, self.graphs)
+        self._swaps = SwapLock()
+        loras = LoraAdapters({"unet": self.unet, "text_encoder": self.text_encoder}, self._swaps)
+        self.load_lora_weights, self.set_adapters = loras.load_lora_weights, loras.set_adapters
+        self.unload_lora_weights, self.delete_adapters = loras.unload_lora_weights, loras.delete_adapters
+        self.enable_lora, self.disable_lora = loras.enable_lora, loras.disable_lora
+        self.get_list_adapters, self.get_active_adapters = loras.get_list_adapters, loras.get_active_adapters
 
     def _encode_tokens(self, ids: Tensor, clip_skip: int) -> Tensor:
         """Token ids [U, 77] → context [U, 77, C]."""
@@ -93,3 +101,15 @@ class Stages:
         if not result.isfinite().all():
             raise NumericsError(f"vae: {method} gives non-finite values; the input or the checkpoint is damaged")
         return result
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: CLIPConfig) -> None:
+    """CheckpointError unless the text encoder has a row for every token and a position for each place."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but the text_encoder knows {config.vocab_size}"
+        )
+    if tokenizer.max_length > config.max_position_embeddings:
+        raise CheckpointError(
+            f"the tokenizer pads to {tokenizer.max_length}, but the text_encoder has {config.max_position_embeddings} positions"
+        )

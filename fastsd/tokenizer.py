@@ -9,7 +9,7 @@ A folder says which strings are special in one of three ways, depending on what 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,14 @@ from tokenizers.models import BPE
 
 from fastsd.checkpoints.file_bytes import read_capped
 from fastsd.checkpoints.strict_json import read_json
-from fastsd.errors import CheckpointError, PromptError
+from fastsd.errors import CheckpointError, ParameterError, PromptError
 from fastsd.wording import quoted, shown
 
 MAX_PROMPT_BYTES = 1_000_000
 """The largest prompt encoded, in bytes of UTF-8."""
+
+MAX_WORD = 200
+"""The longest placeholder that can be added, in characters."""
 
 _MAX_FILE_BYTES = 16 << 20  # CLIP's own vocabulary takes 1 MB, its tokenizer.json up to 4
 _CLIP_MAX_LENGTH = 77
@@ -62,6 +65,8 @@ class Tokenizer:
     vocab_size: int
     """One more than the largest id: the rows that the text encoder's embedding must at least have."""
     _bpe: tokenizers.Tokenizer = field(repr=False, compare=False)
+    placeholders: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """The words of textual inversions, with the ids that each is encoded as."""
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Tokenizer":
@@ -102,12 +107,54 @@ class Tokenizer:
 
     def _encode(self, prompt: str, index: int) -> tuple[list[int], str]:
         check_prompt(f"prompts[{index}]", prompt)
-        # Start, end and padding are put on here: the library's own way of doing it is state of the shared object.
-        encoding = self._bpe.encode(prompt, add_special_tokens=False)
-        words, room = encoding.ids, self.max_length - 2
-        dropped = prompt[encoding.offsets[room][0] :].strip() if len(words) > room else ""
-        ids = [self.start_id, *words[:room], self.end_id]
-        return ids + [self.pad_id] * (self.max_length - len(ids)), dropped
+        words, starts = self.pieces(prompt)
+        room = self.max_length - 2
+        dropped = prompt[starts[room] :].strip() if len(words) > room else ""
+        return self.framed(words[:room]), dropped
+
+    def pieces(self, text: str) -> tuple[list[int], list[int]]:
+        """The ids of a text of any length, without start and end, and the character at which each begins."""
+        encoding = self._bpe.encode(text, add_special_tokens=False)
+        wide = {pieces[0]: pieces for pieces in self.placeholders.values()}
+        ids: list[int] = []
+        starts: list[int] = []
+        for index, (start, _) in zip(encoding.ids, encoding.offsets, strict=True):
+            pieces = wide.get(index, (index,))
+            ids += pieces
+            starts += [start] * len(pieces)
+        return ids, starts
+
+    def with_placeholders(self, counts: Mapping[str, int]) -> "Tokenizer":
+        """A tokenizer that also knows these words, each encoded as so many tokens of its own (textual inversion).
+
+        A word is matched wherever it stands in a text, in any case of its letters, and is encoded as `word`, `word_1`, `word_2`,
+        …, which are matched alone too; ids go on after the largest there is. As in diffusers.
+        ParameterError for a word that is empty, too long, or has a meaning already.
+        """
+        bpe = tokenizers.Tokenizer.from_str(self._bpe.to_str())
+        placeholders = dict(self.placeholders)
+        for word, count in counts.items():
+            check_prompt("token", word)
+            pieces = [word, *(f"{word}_{index}" for index in range(1, count))]
+            for piece in pieces:
+                _check_new(bpe, piece)
+                bpe.add_tokens([AddedToken(piece, normalized=True, special=False)])
+            vocabulary = bpe.get_vocab(with_added_tokens=True)
+            placeholders[word] = tuple(vocabulary[piece] for piece in pieces)
+        rows = [index + 1 for pieces in placeholders.values() for index in pieces]
+        return replace(self, vocab_size=max([self.vocab_size, *rows]), placeholders=placeholders, _bpe=bpe)
+
+    def framed(self, words: list[int]) -> list[int]:
+        """At most max_length − 2 ids as a row of max_length: start, words, end, padding."""
+        # Put on here: the library's own way of doing it is state of the shared object.
+        ids = [self.start_id, *words, self.end_id]
+        return ids + [self.pad_id] * (self.max_length - len(ids))
+
+    @property
+    def comma_id(self) -> int | None:
+        """The comma as a word; None where the vocabulary has none."""
+        index = self._bpe.token_to_id(",</w>")
+        return None if index is None else int(index)
 
 
 def check_prompt(name: str, prompt: object) -> str:
@@ -124,6 +171,18 @@ def check_prompt(name: str, prompt: object) -> str:
     if size > MAX_PROMPT_BYTES:
         raise PromptError(f"{name}: has {size:,} bytes; at most {MAX_PROMPT_BYTES:,} are encoded, so shorten it")
     return prompt
+
+
+def _check_new(bpe: tokenizers.Tokenizer, word: str) -> None:
+    """ParameterError unless a placeholder is a word that has no meaning yet."""
+    matched = bpe.normalizer.normalize_str(word)
+    if not matched.strip() or len(word) > MAX_WORD:
+        raise ParameterError(f"token: {quoted(word)} must have 1 to {MAX_WORD} characters, and not only blanks")
+    added = {bpe.normalizer.normalize_str(str(token)) for token in bpe.get_added_tokens_decoder().values()}
+    if bpe.token_to_id(word) is not None or matched in added:
+        raise ParameterError(
+            f"token: {quoted(word)} is in the vocabulary already; give the embedding another with token="
+        )
 
 
 def _build(vocab: dict[str, int], merges: list[tuple[str, str]], unknown: str, source: Path) -> tokenizers.Tokenizer:

@@ -100,12 +100,15 @@ def run_stages(
         # 77 tokens are what the tokenizer pads to. A UNet may read another context than this text encoder's (SDXL's does).
         context = torch.empty(prompts, 77, nets.unet.cross_attention_dim, dtype=dtype)
         if "text" in stages:
-            CLIPText(nets.text_encoder, ops("text")).to(dtype)(torch.zeros(prompts, 77, dtype=torch.int64))
+            # One chunk at a time: see `fastsd.prompt_cache`.
+            CLIPText(nets.text_encoder, ops("text")).to(dtype)(torch.zeros(1, 77, dtype=torch.int64))
         row = torch.zeros(rows, dtype=torch.int64)
         keys = [(k[row], v[row]) for k, v in unet("prompt").project_context(context)]
         times = [unet("schedule").project_time(torch.zeros(count)) for count in steps]
         if "step" in stages:
-            advance(unet("step"), ops("step"), _buffers(keys, times[-1], torch.empty(latents)), guided)
+            condition = torch.empty(*latents[:3], nets.unet.in_channels - latents[3])
+            buffers = _buffers(keys, times[-1], torch.empty(latents), condition if condition.shape[3] else None)
+            advance(unet("step"), ops("step"), buffers, guided)
         vae = partial(VAE, nets.vae)
         if "decode" in stages:
             vae(ops("decode")).to(dtype).decode(torch.empty(latents, dtype=dtype))
@@ -113,10 +116,12 @@ def run_stages(
             vae(ops("encode")).to(dtype).encode(torch.empty(images, height, width, nets.vae.in_channels, dtype=dtype))
 
 
-def _buffers(keys: list[tuple[Tensor, Tensor]], time_bias: Tensor, latents: Tensor) -> Buffers:
+def _buffers(
+    keys: list[tuple[Tensor, Tensor]], time_bias: Tensor, latents: Tensor, condition: Tensor | None
+) -> Buffers:
     """What a step of any walk of this shape reads and writes."""
     with torch.device("cpu"):
         table = make_table(NoiseSchedule.from_config({}), len(time_bias))
         noise = NoiseSource.from_seeds([0] * len(latents))
-    walk = Walk(keys, time_bias, table, guidance=7.5, rescale=0.0, noise=noise, latents=latents)
+    walk = Walk(keys, time_bias, table, guidance=7.5, rescale=0.0, noise=noise, latents=latents, condition=condition)
     return Buffers.allocate(walk, len(time_bias))

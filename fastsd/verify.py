@@ -19,6 +19,7 @@ from fastsd.checks import integer
 from fastsd.denoise import Denoiser, Walk
 from fastsd.device import computing
 from fastsd.errors import NumericsError
+from fastsd.image_source import inpaints
 from fastsd.models.clip import CLIPText
 from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE
@@ -266,6 +267,7 @@ def _compare(
         rescale=0.0,
         noise=noise,
         latents=noise.draw(rows, rows, vae.latent_channels, device),
+        condition=torch.ones(1, rows, rows, vae.latent_channels + 1, device=device) if inpaints(plain.config) else None,
     )
     latents, _ = Denoiser(unet, comparison.ops, None).run(walk)
     image = decoder.decode(latents.to(comparison.exact))

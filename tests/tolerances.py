@@ -48,12 +48,27 @@ ALPHA_BAR = 3e-5
 # float32, which is off by 1e-6 in ᾱ and, near timestep 0, by 3e-5 in 1 - ᾱ. Measured over all cases: 5e-6 in the latents,
 # 1.3e-5 in the initial scale. A slip of one timestep shows as 1e-3 and more.
 SAMPLER = 3e-5
-# The same where ᾱ is handed to diffusers in float64: only the order of the arithmetic differs, and DDPM's last step, where
+# The same where diffusers is made to compute in float64: only the order of the arithmetic differs, and DDPM's last step, where
 # diffusers keeps a standard deviation of 1e-10 instead of 0.
 SAMPLER_FP64 = 1e-9
+# LCM's twin has its boundary condition in float32. Measured: 4.9e-8; its roundoff is 6e-8.
+SAMPLER_FP64_LCM = 2e-7
+# Levels where sqrt(ᾱ) is shifted to 0 at the end, in diffusers' float32: relative error of the last σ but one. Measured: 4e-4.
+ZERO_SNR = 1e-3
 # Timesteps worked back from σ by way of float32: log σ rises by only 3e-3 a timestep. Measured: 1.3e-3.
 TIMESTEP = 3e-3
+# Levels made from one another in float32 (DPM2 ancestral's middle one), near timestep 0. Measured: 1.1e-2.
+TIMESTEP_OF_MIDDLE = 2e-2
+# The same for DEIS, UniPC and DPM2 ancestral, which take differences of nearly equal float32 numbers. Measured: 1.3e-4.
+SAMPLER_CANCELLING = 2e-4
 # Landing on the one image of the data, in float64. Euler's first step cancels σ = 14.6, single steps divide by sqrt(ᾱ).
 LANDING = 1e-9
 # Variances after a noisy step: some sums and products of float64 numbers below 1e3.
 NOISE_VARIANCE = 1e-12
+
+# Weights with LoRA, LoHa or LoKr merged in, against PEFT and diffusers: fp32, relative L2 a tensor. Measured: 4e-8, some 1e-7 for
+# the formulas of LyCORIS. And the latents of two steps that are drawn with them; measured: 1.5e-6.
+LORA_WEIGHT = 1e-6
+LORA_PICTURE = 1e-5
+# Shares of image and noise that a table leads to, in float64, against those an image is noised with, relative where above 1.
+NOISE_LEVEL = 1e-6

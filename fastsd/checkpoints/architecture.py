@@ -15,6 +15,14 @@ INPUT_CHANNELS = {
     9: "an inpainting UNet (9 input channels)",
 }
 
+_SINGLE_FILE = (
+    r"(model\.diffusion_model|first_stage_model|cond_stage_model)\.",
+    "a single-file checkpoint (LDM keys), to be opened by Pipeline.from_single_file",
+)
+
+RUN_INPUT_CHANNELS = (4, 9)
+"""Of text-to-image and of inpainting UNets."""
+
 # First match wins: what is specific stands before what it contains.
 _FOREIGN: tuple[tuple[str, str], ...] = (
     (r"lora_(unet|te\d?)_|.*[._]lora(_linear_layer)?[._](up|down|A|B)\.", "a LoRA, not a full set of weights"),
@@ -23,10 +31,9 @@ _FOREIGN: tuple[tuple[str, str], ...] = (
     (r"(model\.diffusion_model\.)?joint_blocks\.", "a Stable Diffusion 3 transformer"),
     (r"(model\.diffusion_model\.)?double_blocks\.|single_transformer_blocks\.", "a FLUX transformer"),
     (r"transformer_blocks\.\d+\.(norm1_context|attn\.add_[qkv]_proj)\.", "a Stable Diffusion 3 or FLUX transformer"),
-    (
-        r"(model\.diffusion_model|first_stage_model|cond_stage_model)\.",
-        "a single-file checkpoint (LDM keys); from_single_file comes in a later version",
-    ),
+    _SINGLE_FILE,
+    (r"model\.diffusion_model\.label_emb\.", "an unCLIP model, an upscaler or another with class conditioning"),
+    (r"model\.diffusion_model\.time_embed\.cond_proj\.", "a latent consistency model"),
     (r"add_embedding\.", "a Stable Diffusion XL UNet"),
     (r".*motion_modules\.", "an AnimateDiff motion model"),
     (r"text_projection\.", "a text encoder with projection (Stable Diffusion XL's text_encoder_2)"),
@@ -41,6 +48,12 @@ _OWN = {
     "text_encoder": ("embeddings.token_embedding.weight", "final_layer_norm.weight"),
 }
 
+_PARTS = {
+    "the UNet": "model.diffusion_model.",
+    "the VAE": "first_stage_model.",
+    "the text encoder": "cond_stage_model.",
+}
+
 
 def recognise(component: str, names: Collection[str]) -> str | None:
     """What the tensors `names` (as the file has them) are, if that is not `component`; None if they do not tell."""
@@ -53,3 +66,20 @@ def recognise(component: str, names: Collection[str]) -> str | None:
         if other != component and bare.issuperset(landmarks):
             return f"{COMPONENT_NAMES[other]}, in the place of {COMPONENT_NAMES[component]}"
     return None
+
+
+def recognise_single_file(names: Collection[str]) -> str | None:
+    """What the tensors `names` of a single file are, if they are not a whole Stable Diffusion model in LDM keys."""
+    for pattern, meaning in _FOREIGN:
+        matches = re.compile(pattern).match
+        if (pattern, meaning) != _SINGLE_FILE and any(matches(name) for name in names):
+            return meaning
+    missing = [part for part, start in _PARTS.items() if not any(name.startswith(start) for name in names)]
+    if len(missing) < len(_PARTS):
+        return f"a single file without {' and '.join(missing)}" if missing else None
+    for component, landmarks in _OWN.items():
+        if {name.removeprefix("text_model.") for name in names}.issuperset(landmarks):
+            return f"{COMPONENT_NAMES[component]} of a diffusers folder, alone"
+    bare = {"input_blocks.": "a UNet alone (LDM keys)", "encoder.down.": "a VAE alone (LDM keys)"}
+    alone = (kind for start, kind in bare.items() if any(name.startswith(start) for name in names))
+    return next(alone, "no Stable Diffusion checkpoint: none of its tensors is called as they are")

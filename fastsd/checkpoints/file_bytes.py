@@ -4,8 +4,8 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from fastsd.errors import CheckpointError
 
@@ -32,7 +32,7 @@ def foreign_format(head: bytes) -> str | None:
 
 
 @contextmanager
-def opened(path: Path, label: str) -> Iterator[BinaryIO]:
+def opened(path: Path, label: str) -> Iterator[BufferedReader]:
     """`path` open for reading. CheckpointError if it is no regular file, or if opening or reading it fails."""
     if not os.path.isfile(path):  # also false for a named pipe, which would block for ever
         raise CheckpointError(f"{label} is missing")

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from fastsd.checkpoints.architecture import INPUT_CHANNELS
+from fastsd.checkpoints.architecture import INPUT_CHANNELS, RUN_INPUT_CHANNELS
 from fastsd.checkpoints.strict_json import read_json
 from fastsd.checkpoints.weight_files import COMPONENTS, choose_local, open_weights
-from fastsd.checkpoints.weights import fill_module
+from fastsd.checkpoints.weights import WeightFile, fill_module
 from fastsd.errors import CheckpointError, ParameterError
 from fastsd.wording import listed, quoted, shown
 
@@ -29,14 +29,18 @@ CONFIG_FILES = {
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 """The sets of files of which one must be in tokenizer/."""
 
-_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipelineLegacy")
+_PIPELINES = (
+    "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
+    "StableDiffusionInpaintPipelineLegacy",
+)
 
 # First match wins.
 _FAMILIES = (
     ("StableDiffusionXL", "Stable Diffusion XL"),
     ("StableDiffusion3", "Stable Diffusion 3"),
     ("Flux", "FLUX"),
-    ("StableDiffusionInpaint", "an inpainting model"),
     ("StableDiffusionControlNet", "a ControlNet pipeline"),
     ("LatentConsistency", "a latent consistency model"),
     ("PixArt", "PixArt"),
@@ -74,8 +78,11 @@ class ModelFolder:
         """
         if component not in COMPONENTS:
             raise ParameterError(f"component must be one of {', '.join(COMPONENTS)}, not {component!r}")
-        files = open_weights(self.path, component, self.variant, self.allow_pickle)
-        fill_module(component, files, module, dtype, device)
+        fill_module(component, self.weight_files(component), module, dtype, device)
+
+    def weight_files(self, component: str) -> list[WeightFile]:
+        """The files of one component, their headers read and checked."""
+        return open_weights(self.path, component, self.variant, self.allow_pickle)
 
 
 def open_folder(path: Path, *, variant: str | None = None, allow_pickle: bool = False) -> ModelFolder:
@@ -115,7 +122,7 @@ def read_layout(path: Path) -> dict[str, dict[str, Any]]:
 def _check_is_pipeline(path: Path) -> None:
     if os.path.isfile(path):
         raise CheckpointError(
-            f"{_show(path)} is a single file, not a diffusers folder; from_single_file comes in a later version"
+            f"{_show(path)} is a single file, not a diffusers folder; open it with Pipeline.from_single_file"
         )
     if not os.path.isdir(path):
         raise CheckpointError(f"no such folder: {_show(path)}")
@@ -150,7 +157,7 @@ def _without_index(path: Path) -> str:
         return "holds a LoRA, not a model: model_index.json is missing"
     single = [name for name in names if name.endswith(_SINGLE_FILE_SUFFIXES)]
     if single:
-        return f"holds single-file checkpoints ({listed(single)}); from_single_file comes in a later version"
+        return f"holds single-file checkpoints ({listed(single)}); give the path of one of them"
     return "is no diffusers folder: model_index.json is missing"
 
 
@@ -164,8 +171,8 @@ def _check_classes(configs: dict[str, dict[str, Any]]) -> None:
     if not isinstance(names, list) or "CLIPTextModel" not in names:
         raise CheckpointError(f"text_encoder/config.json describes {shown(str(names))}, not a CLIPTextModel")
     channels = configs["unet"].get("in_channels")
-    if isinstance(channels, int) and channels in INPUT_CHANNELS:
-        raise CheckpointError(f"unet/config.json describes {INPUT_CHANNELS[channels]}; fastsd runs UNets of 4")
+    if isinstance(channels, int) and channels in INPUT_CHANNELS and channels not in RUN_INPUT_CHANNELS:
+        raise CheckpointError(f"unet/config.json describes {INPUT_CHANNELS[channels]}; fastsd runs UNets of 4 and 9")
 
 
 def _show(path: Path) -> str:

@@ -8,6 +8,7 @@ import io
 import re
 import warnings
 import zipfile
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,28 @@ class PickleFile:
     label: str
     tensors: dict[str, TensorSpec]
     values: dict[str, torch.Tensor]
+    global_step: int | None = None
 
     def read(self) -> dict[str, torch.Tensor]:
         """The tensors; they may share memory with one another, and are not to be written to."""
         return dict(self.values)
 
+    def read_tensors(self, names: Collection[str]) -> dict[str, torch.Tensor]:
+        """These tensors alone; likewise."""
+        return {name: self.values[name] for name in names}
 
-def open_pickle(path: Path, label: str) -> PickleFile:
-    """Load the pickle `path`. Peak: twice the file.
+
+class _Callback:
+    """Stands for a class of PyTorch Lightning's, by which training checkpoints name an entry that nobody needs here."""
+
+
+_LIGHTNING: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (_Callback, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")
+]
+
+
+def open_pickle(path: Path, label: str, training: bool = False) -> PickleFile:
+    """Load the pickle `path`. Peak: twice the file. training: it may be a training checkpoint, of which `state_dict` is read.
 
     Raises CheckpointError for anything but a flat mapping of names to dense CPU tensors in a torch.save file whose
     zip entries are stored uncompressed.
@@ -51,8 +66,12 @@ def open_pickle(path: Path, label: str) -> PickleFile:
     data = read_exactly(path, label, size)
     if is_zip:
         _check_zip(data, label)
-    values = _checked(_unpickle(data, label), label)
-    return PickleFile(label, {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in values.items()}, values)
+    state, step = _unpickle(data, label), None
+    if training and isinstance(state, dict) and "state_dict" in state:
+        state, step = state["state_dict"], state.get("global_step")
+    values = _checked(state, label)
+    tensors = {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in values.items()}
+    return PickleFile(label, tensors, values, step if isinstance(step, int) else None)
 
 
 def _other_content(head: bytes) -> str:
@@ -77,7 +96,7 @@ def _check_zip(data: bytes, label: str) -> None:
 
 def _unpickle(data: bytes, label: str) -> Any:
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_LIGHTNING):
             warnings.simplefilter("ignore")  # torch's own deprecations inside its legacy reader
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # garbage makes torch raise KeyError, EOFError, RuntimeError, UnpicklingError, ...

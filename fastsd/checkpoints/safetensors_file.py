@@ -7,6 +7,8 @@ Format: the README of the safetensors project.
 """
 
 import hashlib
+import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -52,6 +54,8 @@ class SafetensorsFile:
     path: Path
     label: str
     tensors: dict[str, TensorSpec]
+    offsets: dict[str, tuple[int, int]]  # [begin, end) behind the header; checked when the tensors are read
+    metadata: dict[str, Any]
     size: int
     header_bytes: int
     header_sha256: bytes
@@ -70,6 +74,37 @@ class SafetensorsFile:
             reason = str(error).removeprefix("Error while deserializing: ")
             raise CheckpointError(f"{self.label}: damaged safetensors file: {shown(reason, 200)}") from error
 
+    def read_tensors(self, names: Collection[str]) -> dict[str, torch.Tensor]:
+        """These tensors alone, on the CPU, in memory of their own. Peak: their bytes.
+
+        Raises CheckpointError if the header is no longer the one that was checked, or the offsets do not fit.
+        """
+        self._check_offsets()
+        tensors = {}
+        with opened(self.path, self.label) as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            if size != self.size or hashlib.sha256(file.read(self.header_bytes)).digest() != self.header_sha256:
+                raise changed(self.label)
+            for name in sorted(names, key=self.offsets.__getitem__):  # forwards through the file
+                spec = self.tensors[name]
+                tensors[name] = torch.empty(spec.shape, dtype=spec.dtype, device="cpu")
+                memory = tensors[name].view(-1).view(torch.uint8).numpy().data
+                file.seek(self.header_bytes + self.offsets[name][0])
+                if memory.nbytes and file.readinto(memory) != memory.nbytes:
+                    raise changed(self.label)
+        return tensors
+
+    def _check_offsets(self) -> None:
+        """Each tensor's bytes are as many as its shape says, and they lie one behind the other."""
+        end = 0
+        for name, (begin, after) in sorted(self.offsets.items(), key=lambda item: item[1]):
+            spec = self.tensors[name]
+            if begin != end or after - begin != math.prod(spec.shape) * spec.dtype.itemsize:
+                where = f"tensor {shown(name)}, {list(spec.shape)} {str(spec.dtype).removeprefix('torch.')}"
+                raise CheckpointError(f"{self.label}: damaged safetensors file: offsets [{begin}, {after}] of {where}")
+            end = after
+
 
 def open_safetensors(path: Path, label: str) -> SafetensorsFile:
     """Read and check the header of `path`; `label` is its name in messages.
@@ -86,13 +121,13 @@ def open_safetensors(path: Path, label: str) -> SafetensorsFile:
         header = file.read(header_size)
     if len(header) != header_size:
         raise changed(label)
-    tensors, data_size = _parse_header(header, label)
-    expected = 8 + header_size + data_size
+    tensors, offsets, metadata = _parse_header(header, label)
+    expected = 8 + header_size + max((end for _, end in offsets.values()), default=0)
     if size != expected:
         state = "truncated" if size < expected else "followed by bytes that belong to no tensor"
         raise CheckpointError(f"{label}: {state}: {size:,} bytes, its header speaks of {expected:,}")
     digest = hashlib.sha256(start + header).digest()
-    return SafetensorsFile(path, label, tensors, size, 8 + header_size, digest)
+    return SafetensorsFile(path, label, tensors, offsets, metadata, size, 8 + header_size, digest)
 
 
 def _header_size(head: bytes, file_size: int, label: str) -> int:
@@ -116,17 +151,21 @@ def _header_size(head: bytes, file_size: int, label: str) -> int:
     raise CheckpointError(f"{label}: not a safetensors file: the header is no JSON object")
 
 
-def _parse_header(header: bytes, label: str) -> tuple[dict[str, TensorSpec], int]:
-    """Specs by tensor name, and the number of data bytes the header speaks of."""
+def _parse_header(
+    header: bytes, label: str
+) -> tuple[dict[str, TensorSpec], dict[str, tuple[int, int]], dict[str, Any]]:
+    """Specs and offsets by tensor name, and the metadata."""
     entries = parse_object(header, f"{label}: header")
-    entries.pop("__metadata__", None)  # its type is checked by the safetensors package
+    metadata = entries.pop("__metadata__", None)  # its type is checked by the safetensors package, if that reads it
+    metadata = metadata if isinstance(metadata, dict) else {}
     if len(entries) > MAX_TENSORS:
         raise CheckpointError(f"{label}: header of {len(entries):,} tensors; more than {MAX_TENSORS:,} are refused")
     parsed = {name: _parse_entry(entry, f"{label}: tensor {shown(name)}") for name, entry in entries.items()}
-    return {name: spec for name, (spec, _) in parsed.items()}, max((end for _, end in parsed.values()), default=0)
+    specs = {name: spec for name, (spec, _) in parsed.items()}
+    return specs, {name: offsets for name, (_, offsets) in parsed.items()}, metadata
 
 
-def _parse_entry(entry: Any, label: str) -> tuple[TensorSpec, int]:
+def _parse_entry(entry: Any, label: str) -> tuple[TensorSpec, tuple[int, int]]:
     if not isinstance(entry, dict):
         raise CheckpointError(f"{label}: its header entry is no object")
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
@@ -136,7 +175,7 @@ def _parse_entry(entry: Any, label: str) -> tuple[TensorSpec, int]:
         raise CheckpointError(f"{label}: shape {shown(repr(shape))} is no list of sizes")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(f"{label}: data_offsets {shown(repr(offsets))} are no [begin, end]")
-    return TensorSpec(DTYPES[dtype], tuple(shape)), offsets[1]
+    return TensorSpec(DTYPES[dtype], tuple(shape)), (offsets[0], offsets[1])
 
 
 def _are_sizes(value: Any) -> TypeGuard[list[int]]:

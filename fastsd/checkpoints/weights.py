@@ -3,23 +3,34 @@
 files ─headers─► names, dtypes, shapes ─compare with the module─► file bytes ─► finite? ─► cast, move ─► module
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from fastsd.checkpoints.architecture import INPUT_CHANNELS, recognise
 from fastsd.checkpoints.keys import module_name, module_shape
-from fastsd.checkpoints.pickle_file import PickleFile
-from fastsd.checkpoints.safetensors_file import MAX_TENSORS, SafetensorsFile
+from fastsd.checkpoints.safetensors_file import MAX_TENSORS, TensorSpec
 from fastsd.errors import CheckpointError
 from fastsd.wording import listed, shown
 
-WeightFile = SafetensorsFile | PickleFile
 Shape = tuple[int, ...]
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class WeightFile(Protocol):
+    """Tensors that can be looked at before they are read."""
+
+    @property
+    def label(self) -> str: ...
+
+    @property
+    def tensors(self) -> dict[str, TensorSpec]: ...
+
+    def read(self) -> dict[str, torch.Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -42,22 +53,32 @@ def fill_module(
 
     Raises CheckpointError if names or shapes differ, a value is NaN or infinite, or too large for `dtype`.
     """
+    state: dict[str, torch.Tensor] = {}
+    for target, tensor, label in read_state(component, files, module):
+        state[target] = _convert(tensor, dtype, device, label)
+    module.load_state_dict(state, strict=True, assign=True)
+    module.requires_grad_(False)
+
+
+def read_state(
+    component: str, files: Sequence[WeightFile], module: nn.Module
+) -> Iterator[tuple[str, torch.Tensor, str]]:
+    """(name in `module`, tensor as stored but in the module's shape, what messages call it), file by file.
+
+    Raises CheckpointError, before the first is read, if names or shapes differ from the module's.
+    """
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     _compare(component, files, wanted)
-    state: dict[str, torch.Tensor] = {}
     for file in files:
         tensors = file.read()
         for name in list(tensors):
             tensor = tensors.pop(name)  # popped, so that each source is freed once it is converted
             target = module_name(component, name)
             if target is not None:
-                label = f"{file.label}: tensor {shown(name)}"
-                state[target] = _convert(tensor.reshape(wanted[target]), dtype, device, label)
-    module.load_state_dict(state, strict=True, assign=True)
-    module.requires_grad_(False)
+                yield target, tensor.reshape(wanted[target]), f"{file.label}: tensor {shown(name)}"
 
 
-def _compare(component: str, files: Sequence[WeightFile], wanted: dict[str, Shape]) -> None:
+def _compare(component: str, files: Sequence[WeightFile], wanted: Mapping[str, Shape]) -> None:
     """Raise CheckpointError unless `files` hold exactly the tensors `wanted`, in floating point."""
     found = _collect(component, files)
     where = files[0].label if len(files) == 1 else f"{component}/ ({len(files)} shards)"

@@ -2,6 +2,9 @@
 
 Esser et al. 2021 (arXiv 2012.09841) and Rombach et al. 2022 (arXiv 2112.10752); the attribute names are diffusers'
 AutoencoderKL's. Images lie in [−1, 1]; latents are scaled to about unit variance, as the UNet sees them.
+The sizes in the comments are Stable Diffusion's (f8, 4 channels); the family reaches from f2 to f32, and its other half, with
+a codebook, is in vq.py. Latent diffusion's residual blocks could take a time embedding, and dropout: no autoencoder it
+released has a time, and dropout is for training, so neither is here.
 """
 
 from collections.abc import Iterator
@@ -10,6 +13,7 @@ from torch import Tensor, nn
 
 from fastsd.config import VAEConfig
 from fastsd.models.layers import (
+    Conv2d,
     Downsample,
     GroupNorm,
     Level,
@@ -31,11 +35,11 @@ class VAE(nn.Module):
     def __init__(self, config: VAEConfig, ops: Ops = REFERENCE) -> None:
         super().__init__()
         self.config = config
-        latents = config.latent_channels
-        self.encoder = Encoder(config, ops)
+        latents, coded = config.latent_channels, config.coded_channels
+        self.encoder = Encoder(config, ops, 2 * coded)
         self.decoder = Decoder(config, ops)
-        self.quant_conv = conv1x1(ops, 2 * latents, 2 * latents) if config.use_quant_conv else None
-        self.post_quant_conv = conv1x1(ops, latents, latents) if config.use_post_quant_conv else None
+        self.quant_conv = conv1x1(ops, 2 * coded, 2 * latents) if config.use_quant_conv else None
+        self.post_quant_conv = conv1x1(ops, latents, coded) if config.use_post_quant_conv else None
 
     def moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the latents, unscaled. image [B, H, W, 3] in [−1, 1] → two of [B, H/8, W/8, 4].
@@ -64,14 +68,14 @@ class VAE(nn.Module):
 
 
 class Encoder(nn.Module):
-    def __init__(self, config: VAEConfig, ops: Ops) -> None:
+    def __init__(self, config: VAEConfig, ops: Ops, out_channels: int) -> None:
         super().__init__()
         channels = config.block_out_channels
         self.conv_in = conv3x3(ops, config.in_channels, channels[0])
         self.down_blocks = module_list(down_blocks(config, ops))
         self.mid_block = mid_block(config, ops)
         self.conv_norm_out = GroupNorm(ops, config.norm_num_groups, channels[-1], EPS, silu=True)
-        self.conv_out = conv3x3(ops, channels[-1], 2 * config.latent_channels)
+        self.conv_out = conv3x3(ops, channels[-1], out_channels)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, H, W, 3] → [B, H/8, W/8, 8]
         h = self.conv_in(x)
@@ -87,7 +91,7 @@ class Decoder(nn.Module):
     def __init__(self, config: VAEConfig, ops: Ops) -> None:
         super().__init__()
         channels = config.block_out_channels
-        self.conv_in = conv3x3(ops, config.latent_channels, channels[-1])
+        self.conv_in = conv3x3(ops, config.coded_channels, channels[-1])
         self.mid_block = mid_block(config, ops)
         self.up_blocks = module_list(up_blocks(config, ops))
         self.conv_norm_out = GroupNorm(ops, config.norm_num_groups, channels[0], EPS, silu=True)
@@ -142,8 +146,27 @@ def up_blocks(config: VAEConfig, ops: Ops) -> Iterator[Block]:
 def _level(config: VAEConfig, ops: Ops, in_channels: int, out_channels: int, layers: int, attention: bool) -> Block:
     groups = config.norm_num_groups
     widths = [in_channels, *[out_channels] * (layers - 1)]
-    resnets = [ResBlock(ops, width, out_channels, groups, EPS) for width in widths]
+    resnets = [_resnet(config, ops, width, out_channels) for width in widths]
     return Block(resnets, [Attention(ops, out_channels, groups) for _ in widths] if attention else ())
+
+
+def _resnet(config: VAEConfig, ops: Ops, in_channels: int, out_channels: int) -> ResBlock:
+    wide = config.use_conv_shortcut and in_channels != out_channels
+    return (WideShortcut if wide else ResBlock)(ops, in_channels, out_channels, config.norm_num_groups, EPS)
+
+
+class WideShortcut(ResBlock):
+    """A ResBlock whose input is brought to the new width by a 3×3 convolution (latent diffusion's use_conv_shortcut)."""
+
+    def __init__(self, ops: Ops, in_channels: int, out_channels: int, groups: int, eps: float) -> None:
+        super().__init__(ops, in_channels, out_channels, groups, eps)
+        self.conv_shortcut: Conv2d = conv3x3(ops, in_channels, out_channels)
+
+    def forward(self, x: Tensor, time_bias: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
+        assert time_bias is None  # an autoencoder has no time
+        assert skip is None
+        h = self.norm2(self.conv1(self.norm1(x)))
+        return self.conv2(h, residual=self.conv_shortcut(x))
 
 
 class Attention(nn.Module):

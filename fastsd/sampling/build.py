@@ -11,11 +11,14 @@ import numpy as np
 from fastsd.errors import ParameterError
 from fastsd.sampling.names import SAMPLERS, SamplerInfo, canonical_sampler, canonical_schedule
 from fastsd.sampling.schedule import NoiseSchedule, Vector
-from fastsd.sampling.spacing import Walk
+from fastsd.sampling.spacing import Walk, simple_timesteps
 from fastsd.sampling.table import Table
 from fastsd.wording import quoted
 
 SIGMA_RANGE = (1e-4, 1e4)  # a hundred times wider than any checkpoint's, and safe to square and to divide by
+
+FROM_THE_LAST_TIMESTEP = ("sgm_uniform", "simple", "align_your_steps")
+"""Schedules that say the spacing too, whatever the checkpoint's; as diffusers does, "sgm_uniform" is its "trailing"."""
 
 
 def make_table(
@@ -24,26 +27,31 @@ def make_table(
     sampler: str | None = None,
     schedule: str | None = None,
     *,
-    eta: float = 0.0,
+    eta: float | None = None,
     timesteps: Sequence[float] | None = None,
     sigmas: Sequence[float] | None = None,
+    strength: float = 1.0,
 ) -> Table:
     """The table of a sampler; it computes what its diffusers twin does, made by ``from_config`` of the same config.
 
     steps       in [1, T]; not looked at where timesteps or sigmas are given, as in diffusers: even 0 is right there
     sampler     any name `canonical_sampler` takes, None: the checkpoint's own
     schedule    any name `canonical_schedule` takes, None: the one in the sampler's name, else the checkpoint's own
-    eta         in [0, 1], the noise DDIM adds; the other samplers have no such knob and leave it, as diffusers does
+    eta         in [0, 1], the noise DDIM adds (by default 0), TCD's γ (0.3); the other samplers have no such knob and leave it,
+                as diffusers does
     timesteps   numbers, strictly falling, in [0, T), for the samplers whose twin takes them
     sigmas      strictly falling, in SIGMA_RANGE, likewise; the walk ends at 0, which may be left out
+    strength    in [0, 1], the share of the walk that is taken, its end: int(steps * strength) steps, at least one, as in
+                diffusers' image-to-image
 
     ParameterError begins with the name of the argument that is wrong (of `Pipeline.generate`) and a colon.
     """
     info, named_schedule = _sampler(noise, sampler)
-    if not (_is_real(eta) and 0 <= eta <= 1):
+    if eta is not None and not (_is_real(eta) and 0 <= eta <= 1):
         raise ParameterError(f"eta: {quoted(eta)} is not right; it must be a number from 0 to 1")
     if timesteps is not None and sigmas is not None:
         raise ParameterError("timesteps: give either timesteps or sigmas, not both")
+    _require_signal(noise, info)
     asked = _asked_schedule(schedule, named_schedule)
     if sigmas is not None:  # they overrule the checkpoint's own schedule, as in diffusers
         walk = _sigmas_walk(info, asked or "uniform", sigmas)
@@ -51,7 +59,15 @@ def make_table(
         walk = _timesteps_walk(noise, info, asked or _default_schedule(noise, info), timesteps)
     else:
         walk = _spaced_walk(noise, info, asked or _default_schedule(noise, info), steps)
-    return info.function(noise, replace(walk, eta=float(eta)))
+        if walk.schedule in FROM_THE_LAST_TIMESTEP:
+            noise = replace(noise, timestep_spacing="trailing")
+    begin = walk.steps - int(walk.steps * strength)
+    if begin == walk.steps:
+        least = f"from 1/{walk.steps} on it takes one"
+        raise ParameterError(f"strength: {quoted(strength)} of {walk.steps} steps is less than one; {least}")
+    table = info.function(noise, replace(walk, eta=None if eta is None else float(eta), begin=begin))
+    calls = -(-len(table) // walk.steps)  # rows a step
+    return table if info.multistep else table.from_row(begin * calls)
 
 
 def _spaced_walk(noise: NoiseSchedule, info: SamplerInfo, schedule: str, steps: int) -> Walk:
@@ -61,7 +77,7 @@ def _spaced_walk(noise: NoiseSchedule, info: SamplerInfo, schedule: str, steps: 
     if schedule not in info.schedules:
         takers = ", ".join(other.id for other in SAMPLERS.values() if schedule in other.schedules)
         raise ParameterError(f"schedule: {info.id} does not take {schedule}; the samplers that do: {takers}")
-    return Walk(int(steps), schedule)
+    return Walk(int(steps), schedule, timesteps=simple_timesteps(noise, int(steps)) if schedule == "simple" else None)
 
 
 def _timesteps_walk(noise: NoiseSchedule, info: SamplerInfo, schedule: str, timesteps: Sequence[float]) -> Walk:
@@ -117,6 +133,13 @@ def _default_schedule(noise: NoiseSchedule, info: SamplerInfo) -> str:
         known = ", ".join(info.schedules)
         raise ParameterError(f"schedule: fastsd has not the checkpoint's own, {noise.schedule}; choose one of {known}")
     return noise.schedule
+
+
+def _require_signal(noise: NoiseSchedule, info: SamplerInfo) -> None:
+    if noise.zero_terminal_snr and not info.zero_snr:
+        takers = ", ".join(other.id for other in SAMPLERS.values() if other.zero_snr)
+        asks = "the checkpoint's rescale_betas_zero_snr"
+        raise ParameterError(f"sampler: {info.id} does not take {asks}; the samplers that do: {takers}")
 
 
 def _require_taken(name: str, info: SamplerInfo, takers: list[str]) -> None:

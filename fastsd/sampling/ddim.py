@@ -30,7 +30,7 @@ def ddpm(noise: NoiseSchedule, walk: Walk) -> Table:
 
 
 def ddim(noise: NoiseSchedule, walk: Walk) -> Table:
-    """Song et al. 2020, "Denoising Diffusion Implicit Models", equation 12; η of equation 16 is walk.eta."""
+    """Song et al. 2020, "Denoising Diffusion Implicit Models", equation 12; η of equation 16 is walk.eta, by default 0."""
     timesteps = spaced_timesteps(noise, walk.steps, default="leading").round()
     # As in diffusers, every step has this length, even where rounding or the spacing puts the next timestep elsewhere.
     stride = noise.train_steps // walk.steps
@@ -41,7 +41,7 @@ def ddim(noise: NoiseSchedule, walk: Walk) -> Table:
         a_t = float(noise.alphas_cumprod[int(t)])
         a_prev = alpha_bar_or_final(noise, int(t) - stride, to_one=True)
         x0, eps = noise.x0_and_eps(x, out, a_t)
-        std = walk.eta * _posterior_std(a_t, a_prev)
+        std = (walk.eta or 0.0) * _posterior_std(a_t, a_prev)
         states.append([math.sqrt(a_prev) * x0 + math.sqrt(1 - a_prev - std**2) * eps + std * z])
     return assemble("ddim", walk.schedule, timesteps, states)
 

@@ -1,22 +1,18 @@
-"""Euler and Euler ancestral: k-diffusion's samplers, on x = x_0 + σ ε."""
+"""Euler, Euler ancestral and LMS: k-diffusion's samplers of one UNet call a step, on x = x_0 + σ ε."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 
 from fastsd.sampling.schedule import NoiseSchedule, Vector
-from fastsd.sampling.spacing import (
-    Walk,
-    final_sigma,
-    karras_sigmas,
-    sigmas_at,
-    spaced_timesteps,
-    timesteps_at,
-)
+from fastsd.sampling.spacing import Walk, final_sigma, initial_scale, sigma_stops
 from fastsd.sampling.table import Table, assemble, basis
+
+GAUSS_NODES = np.array([-1.0, 1.0]) / math.sqrt(3)  # with weights 1 they integrate cubics over [-1, 1] exactly
 
 # One step from σ to σ': (x, eps, noise, σ, σ') → next x
 Step = Callable[[Vector, Vector, Vector, float, float], Vector]
@@ -32,49 +28,66 @@ def euler_ancestral(noise: NoiseSchedule, walk: Walk) -> Table:
     return _table("euler_ancestral", noise, walk, _ancestral_step, 0.0)
 
 
+def lms(noise: NoiseSchedule, walk: Walk) -> Table:
+    """k-diffusion's sample_lms: Adams-Bashforth of fourth order in σ, lower while the history grows; it ends at σ = 0.
+
+    A walk that begins later has the full order from its start and zeros for history, as in diffusers.
+    """
+    timesteps, start_sigmas = sigma_stops(noise, walk)
+    sigmas = np.append(start_sigmas, 0.0)
+    (x, *history), out, _ = basis(4)
+    states = []
+    for i, sigma in enumerate(start_sigmas):
+        slopes = [denoised_and_eps(noise, x, out, sigma)[1], *history]
+        weights = _adams_bashforth(sigmas[max(i - 3, 0) : i + 1][::-1], sigmas[i + 1])
+        next_x = x + sum(weight * slope for weight, slope in zip(weights, slopes, strict=False))
+        states.append([next_x, *slopes[:3]])
+    return assemble_sigmas("lms", noise, walk, timesteps, start_sigmas, states)
+
+
+def ancestral_levels(sigma: float, sigma_next: float) -> tuple[float, float]:
+    """(σ_down, σ_up): where an ancestral step goes, and the noise that then takes it up to σ_next, as in DDPM."""
+    return sigma_next**2 / sigma, sigma_next / sigma * math.sqrt(sigma**2 - sigma_next**2)
+
+
+def denoised_and_eps(noise: NoiseSchedule, x: Vector, out: Vector, sigma: float) -> tuple[Vector, Vector]:
+    """The image and the noise that the UNet's output says x = x_0 + σ ε is made of."""
+    alpha_bar = 1 / (sigma**2 + 1)
+    return noise.x0_and_eps(math.sqrt(alpha_bar) * x, out, alpha_bar)
+
+
+def assemble_sigmas(
+    name: str, noise: NoiseSchedule, walk: Walk, timesteps: Vector, sigmas: Vector, states: list[list[Vector]]
+) -> Table:
+    """A table on x = x_0 + σ ε; sigmas [n], the noise level that each UNet call sees."""
+    scales = 1 / np.sqrt(sigmas**2 + 1)
+    return assemble(name, walk.schedule, timesteps, states, scales, initial_scale(noise, sigmas[0]))
+
+
 def _euler_step(x: Vector, eps: Vector, z: Vector, sigma: float, sigma_next: float) -> Vector:
     return x + (sigma_next - sigma) * eps
 
 
 def _ancestral_step(x: Vector, eps: Vector, z: Vector, sigma: float, sigma_next: float) -> Vector:
-    up = sigma_next / sigma * math.sqrt(sigma**2 - sigma_next**2)
-    down = sigma_next**2 / sigma
+    down, up = ancestral_levels(sigma, sigma_next)
     return x + (down - sigma) * eps + up * z
 
 
 def _table(name: str, noise: NoiseSchedule, walk: Walk, step: Step, final: float) -> Table:
-    timesteps, start_sigmas = _stops(noise, walk)
+    timesteps, start_sigmas = sigma_stops(noise, walk)
     sigmas = np.append(start_sigmas, final if walk.sigmas is None else 0.0)
     (x,), out, z = basis(1)
-    alpha_bars = 1 / (sigmas**2 + 1)
     states = []
-    for sigma, sigma_next, alpha_bar in zip(sigmas[:-1], sigmas[1:], alpha_bars[:-1], strict=True):
-        _, eps = noise.x0_and_eps(math.sqrt(alpha_bar) * x, out, alpha_bar)
+    for sigma, sigma_next in pairwise(sigmas):
+        _, eps = denoised_and_eps(noise, x, out, sigma)
         states.append([step(x, eps, z, sigma, sigma_next)])
-    return assemble(
-        name,
-        walk.schedule,
-        timesteps,
-        states,
-        input_scales=np.sqrt(alpha_bars[:-1]),
-        initial_scale=_initial_scale(noise, sigmas[0]),
-    )
+    return assemble_sigmas(name, noise, walk, timesteps, start_sigmas, states)
 
 
-def _stops(noise: NoiseSchedule, walk: Walk) -> tuple[Vector, Vector]:
-    """[n] timesteps and [n] noise levels at the start of each step; fractional timesteps where the levels came first."""
-    if walk.sigmas is not None:
-        return timesteps_at(noise, walk.sigmas), walk.sigmas
-    timesteps = walk.timesteps
-    if timesteps is None:
-        timesteps = spaced_timesteps(noise, walk.steps, default="linspace")
-    sigmas = sigmas_at(noise, timesteps)
-    if walk.schedule == "karras":
-        sigmas = karras_sigmas(sigmas[0], sigmas[-1], walk.steps)
-        timesteps = timesteps_at(noise, sigmas)
-    return timesteps, sigmas
-
-
-def _initial_scale(noise: NoiseSchedule, sigma_max: float) -> float:
-    """σ of pure noise. Leading spacing starts below the last training timestep, where some image is still in x."""
-    return math.hypot(sigma_max, 1.0) if noise.timestep_spacing == "leading" else float(sigma_max)
+def _adams_bashforth(sigmas: Vector, sigma_next: float) -> list[float]:
+    """The integral, from σ = sigmas[0] to sigma_next, of each Lagrange polynomial on the levels sigmas [≤ 4], newest first."""
+    half = (sigma_next - sigmas[0]) / 2
+    at = sigmas[0] + half * (GAUSS_NODES + 1)
+    others = [np.delete(sigmas, k) for k in range(len(sigmas))]
+    values = [np.prod((at[:, None] - other) / (own - other), axis=1) for own, other in zip(sigmas, others, strict=True)]
+    return [float(half * value.sum()) for value in values]

@@ -16,9 +16,12 @@ def plms(noise: NoiseSchedule, walk: Walk) -> Table:
     The first step is taken twice, the second time with the mean of the outputs at both its ends (as CompVis does): n is
     steps + 1, or 1 for a single step. Orders 2, 3, 4 follow as the history grows. Raw outputs are mixed, whatever the
     prediction type, and the mix is read at the current x: diffusers does so, and for epsilon it is the paper.
+
+    A walk that begins later takes its first step twice as well, but from the timesteps of the whole walk, as diffusers does:
+    from then on x is a step noisier than the UNet is told.
     """
     stops = spaced_timesteps(noise, walk.steps, default="leading").round()
-    timesteps = np.concatenate([stops[:2], stops[1:]])
+    timesteps = np.concatenate([stops[:2], stops[1:]])[walk.begin :]
     stride = noise.train_steps // walk.steps
     # The saved x of the first step shares a slot with the oldest output, which is not needed before the fifth call.
     (x, e1, e2, e3), out, _ = basis(4)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastsd.errors import CheckpointError
+from fastsd.errors import CheckpointError, ParameterError
 from fastsd.json_reader import JsonReader
 from fastsd.wording import quoted, shown
 
@@ -20,6 +20,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "trailing", "linspace")
 FINAL_SIGMAS_TYPES = ("zero", "sigma_min")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+ALMOST_ZERO = 2.0**-24
 MAX_TRAIN_STEPS = 100_000  # a hundred times what is usual: a damaged file must not fill the memory
 
 CONFIG_FILE = "scheduler/scheduler_config.json"
@@ -29,14 +30,29 @@ SAMPLER_OF_CLASS = {
     "DDIMScheduler": "ddim",
     "PNDMScheduler": "plms",
     "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "DPMSolverSDEScheduler": "dpmpp_sde",
     "EulerDiscreteScheduler": "euler",
     "EulerAncestralDiscreteScheduler": "euler_ancestral",
+    "HeunDiscreteScheduler": "heun",
+    "KDPM2DiscreteScheduler": "dpm2",
+    "KDPM2AncestralDiscreteScheduler": "dpm2_ancestral",
+    "LMSDiscreteScheduler": "lms",
+    "UniPCMultistepScheduler": "unipc",
+    "DEISMultistepScheduler": "deis",
+    "LCMScheduler": "lcm",
+    "TCDScheduler": "tcd",
+}
+
+# The classes whose betas are by default not linear from 0.0001 to 0.02: (beta_schedule, beta_start, beta_end).
+BETAS_OF_CLASS = {
+    **dict.fromkeys(("LCMScheduler", "TCDScheduler"), ("scaled_linear", 0.00085, 0.012)),
+    **dict.fromkeys(("HeunDiscreteScheduler", "DPMSolverSDEScheduler"), ("linear", 0.00085, 0.012)),
+    **dict.fromkeys(("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"), ("linear", 0.00085, 0.012)),
 }
 
 # Options that change the result and that fastsd does not run: the values it accepts. An option absent here and not read
 # by `from_config` does not change what a Stable Diffusion pipeline computes (clip_sample is forced off there).
 ACCEPTED_OPTIONS: dict[str, tuple[Any, ...]] = {
-    "rescale_betas_zero_snr": (False, None),
     "thresholding": (False, None),
     "variance_type": (None, "fixed_small"),
     "interpolation_type": ("linear",),
@@ -46,14 +62,23 @@ ACCEPTED_OPTIONS: dict[str, tuple[Any, ...]] = {
     "lambda_min_clipped": (None, -math.inf),
 }
 
-# Options that make another sampler of a class: (diffusers' default, the value that fastsd runs).
-VARIANTS: dict[str, dict[str, tuple[Any, Any]]] = {
+# Options that make another sampler of a class: (diffusers' default, the values that fastsd runs).
+# A config converted from another class may name that class's solver_type; diffusers then takes its own.
+VARIANTS: dict[str, dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "DPMSolverMultistepScheduler": {
-        "algorithm_type": ("dpmsolver++", "dpmsolver++"),
-        "solver_order": (2, 2),
-        "solver_type": ("midpoint", "midpoint"),
+        "algorithm_type": ("dpmsolver++", ("dpmsolver++", "sde-dpmsolver++", "deis")),
+        "solver_order": (2, (2,)),
+        "solver_type": ("midpoint", ("midpoint", "logrho", "bh1", "bh2")),
     },
-    "PNDMScheduler": {"skip_prk_steps": (False, True)},  # False: Runge-Kutta steps before PLMS
+    "UniPCMultistepScheduler": {
+        "solver_order": (2, (2,)),
+        "solver_type": ("bh2", ("bh2", "midpoint", "heun", "logrho")),
+        "predict_x0": (True, (True,)),
+        "disable_corrector": ([], ([],)),
+        "solver_p": (None, (None,)),
+    },
+    "DEISMultistepScheduler": {"solver_order": (2, (2,))},
+    "PNDMScheduler": {"skip_prk_steps": (False, (True,))},  # False: Runge-Kutta steps before PLMS
 }
 
 SCHEDULE_OF_OPTION = {
@@ -67,6 +92,7 @@ SCHEDULE_OF_OPTION = {
 # The keys whose null diffusers' classes take for "not set".
 NULLABLE = (
     *("prediction_type", "timestep_spacing", "steps_offset", "set_alpha_to_one", "final_sigmas_type", "trained_betas"),
+    *("rescale_betas_zero_snr", "disable_corrector"),
     *SCHEDULE_OF_OPTION,
 )
 
@@ -75,16 +101,19 @@ NULLABLE = (
 class NoiseSchedule:
     """What a checkpoint's ``scheduler_config.json`` says about noise: x_t = sqrt(ᾱ_t) x_0 + sqrt(1 - ᾱ_t) ε.
 
-    alphas_cumprod      [T] float64, ᾱ_t in (0, 1), strictly falling with t
+    alphas_cumprod      [T] float64, ᾱ_t in (0, 1), strictly falling with t; the last may be 0: zero terminal SNR
     prediction_type     what the UNet predicts: "epsilon" | "v_prediction" | "sample"
     sampler             our name of the checkpoint's own scheduler; diffusers' name where fastsd has no such sampler
-    schedule            the checkpoint's own spacing of noise levels, of concern to Euler and DPM-Solver++ only
+    schedule            the checkpoint's own spacing of noise levels, of concern to samplers that walk σ only
     timestep_spacing    "leading" | "trailing" | "linspace"; None: the default of the sampler's class
     steps_offset        added to the timesteps of "leading" spacing
     set_alpha_to_one    whether the last step goes to ᾱ = 1, or stops at ᾱ_0; None: the default of the sampler's class
-    final_sigmas_type   where Euler and DPM-Solver++ stop: "zero", or "sigma_min", the noise of timestep 0
-    lower_order_final   DPM-Solver++ in under 15 steps ends on a first-order step (it always does when it ends at zero)
+    final_sigmas_type   where Euler, DPM-Solver++ and UniPC stop: "zero", or "sigma_min", the noise of timestep 0
+    lower_order_final   UniPC ends on a first-order step, DEIS and DPM-Solver++ in under 15 steps (the last of them always
+                        where it ends at zero)
     euler_at_final      DPM-Solver++ ends on a first-order step in any number of steps
+    distilled_steps     the steps a consistency model was distilled on: the timesteps that LCM and TCD choose from
+    timestep_scaling    LCM's factor on the timestep in its boundary condition
     """
 
     alphas_cumprod: Vector
@@ -97,11 +126,17 @@ class NoiseSchedule:
     final_sigmas_type: str = "zero"
     lower_order_final: bool = True
     euler_at_final: bool = False
+    distilled_steps: int = 50
+    timestep_scaling: float = 10.0
 
     def __post_init__(self) -> None:
         alphas = np.asarray(self.alphas_cumprod, dtype=np.float64)
         betas = f"{CONFIG_FILE}: the betas (beta_schedule, beta_start, beta_end, num_train_timesteps, trained_betas)"
-        if alphas.ndim != 1 or not alphas.size or not (np.all(alphas > 0) and np.all(alphas < 1)):
+        if (
+            alphas.ndim != 1
+            or not alphas.size
+            or not (np.all(alphas[:-1] > 0) and np.all(alphas < 1) and alphas[-1] >= 0)
+        ):
             raise CheckpointError(f"{betas} must leave some of the image and of the noise at each timestep")
         if not np.all(np.diff(alphas) < 0):
             raise CheckpointError(f"{betas} must add noise at each timestep")
@@ -116,8 +151,11 @@ class NoiseSchedule:
         read = JsonReader(config, CONFIG_FILE, nullable=NULLABLE)
         read.require(ACCEPTED_OPTIONS, "not supported by fastsd")
         to_one = read.flag("set_alpha_to_one", True) if "set_alpha_to_one" in read.json else None
+        alphas_cumprod = np.cumprod(1.0 - _betas(read), dtype=np.float64)
+        if read.flag("rescale_betas_zero_snr", False):
+            alphas_cumprod = _to_zero_terminal_snr(alphas_cumprod)
         return cls(
-            alphas_cumprod=np.cumprod(1.0 - _betas(read), dtype=np.float64),
+            alphas_cumprod=alphas_cumprod,
             prediction_type=read.choice("prediction_type", "epsilon", PREDICTION_TYPES),
             sampler=_own_sampler(read),
             schedule=_own_schedule(read),
@@ -127,6 +165,8 @@ class NoiseSchedule:
             final_sigmas_type=read.choice("final_sigmas_type", "zero", FINAL_SIGMAS_TYPES),
             lower_order_final=read.flag("lower_order_final", True),
             euler_at_final=read.flag("euler_at_final", False),
+            distilled_steps=read.integer("original_inference_steps", 50, high=MAX_TRAIN_STEPS),
+            timestep_scaling=read.number("timestep_scaling", 10.0, above=0),
         )
 
     @property
@@ -136,8 +176,17 @@ class NoiseSchedule:
 
     @property
     def sigmas(self) -> Vector:
-        """[T], noise per unit of signal: σ_t = sqrt((1 - ᾱ_t) / ᾱ_t), rising with t. k-diffusion's time."""
-        return np.sqrt((1.0 - self.alphas_cumprod) / self.alphas_cumprod)
+        """[T], noise per unit of signal: σ_t = sqrt((1 - ᾱ_t) / ᾱ_t), rising with t. k-diffusion's time.
+
+        Where ᾱ_T is 0, diffusers' 2⁻²⁴ stands for it: σ_T is 4096, not infinite.
+        """
+        alphas = np.where(self.alphas_cumprod == 0, ALMOST_ZERO, self.alphas_cumprod)
+        return np.sqrt((1.0 - alphas) / alphas)
+
+    @property
+    def zero_terminal_snr(self) -> bool:
+        """Whether the last timestep is pure noise."""
+        return self.alphas_cumprod[-1] == 0
 
     def x0_and_eps(self, x: Vector, out: Vector, alpha_bar: float) -> tuple[Vector, Vector]:
         """The image and the noise that the UNet's output `out` says x = sqrt(ᾱ) x_0 + sqrt(1 - ᾱ) ε is made of.
@@ -149,6 +198,8 @@ class NoiseSchedule:
             return a * x - s * out, a * out + s * x
         if self.prediction_type == "sample":
             return out, (x - a * out) / s
+        if a == 0:
+            raise ParameterError("sampler: at zero terminal SNR ε says nothing of the image; choose euler or dpmpp_2m")
         return (x - s * out) / a, out
 
 
@@ -157,11 +208,12 @@ def _betas(read: JsonReader) -> Vector:
     if "trained_betas" in read.json:
         return np.array(read.numbers("trained_betas", above=0, below=1, most=MAX_TRAIN_STEPS))
     steps = read.integer("num_train_timesteps", 1000, high=MAX_TRAIN_STEPS)
-    kind = read.choice("beta_schedule", "linear", BETA_SCHEDULES)
+    kind, start, end = BETAS_OF_CLASS.get(str(read.json.get("_class_name")), ("linear", 0.0001, 0.02))
+    kind = read.choice("beta_schedule", kind, BETA_SCHEDULES)
     if kind == "squaredcos_cap_v2":
         return _cosine_betas(steps)
-    start = read.number("beta_start", 0.0001, above=0, below=1)
-    end = read.number("beta_end", 0.02, above=0, below=1)
+    start = read.number("beta_start", start, above=0, below=1)
+    end = read.number("beta_end", end, above=0, below=1)
     if kind == "linear":
         return np.linspace(start, end, steps)
     return np.linspace(math.sqrt(start), math.sqrt(end), steps) ** 2
@@ -173,6 +225,15 @@ def _cosine_betas(steps: int, largest: float = 0.999) -> Vector:
     return np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], largest)
 
 
+def _to_zero_terminal_snr(alphas_cumprod: Vector) -> Vector:
+    """Lin et al. 2024, "Common Diffusion Noise Schedules and Sample Steps are Flawed", algorithm 1: sqrt(ᾱ) is shifted to
+    0 at the last timestep and scaled back to what it was at the first."""
+    roots = np.sqrt(alphas_cumprod)
+    if roots[-1] == roots[0]:
+        raise CheckpointError(f"{CONFIG_FILE}: rescale_betas_zero_snr = True: needs at least two training timesteps")
+    return ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
+
+
 def _own_sampler(read: JsonReader) -> str:
     """Our name of the checkpoint's scheduler, or diffusers' where we have none and the user must choose another."""
     name = read.json.get("_class_name", "DDIMScheduler")
@@ -180,8 +241,10 @@ def _own_sampler(read: JsonReader) -> str:
         raise read.error("_class_name", "must be the name of a class")
     for key, (default, ours) in VARIANTS.get(name, {}).items():
         value = read.json.get(key, default)
-        if value != ours:
+        if value not in ours:
             return f"{name} with {key} = {quoted(value)}"
+    if name == "DPMSolverMultistepScheduler" and read.json.get("algorithm_type") == "sde-dpmsolver++":
+        return "dpmpp_2m_sde"
     return SAMPLER_OF_CLASS.get(name, shown(name))
 
 

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from fastsd.errors import ParameterError
 from fastsd.sampling.schedule import NoiseSchedule, Vector
+from fastsd.sampling.sigma_schedules import SIGMA_SCHEDULES
+
+# How DPM-Solver's classes make whole timesteps of those that belong to a schedule's noise levels: rounded, or cut.
+# The first level's T - 1 becomes T - 2, as diffusers' float32 falls short of it before it is cut.
+WHOLE_TIMESTEPS: dict[str, Callable[[Vector], Vector]] = {
+    "karras": np.round,
+    "exponential": lambda timesteps: np.maximum(np.ceil(timesteps) - 1, 0),
+    "beta": lambda timesteps: np.maximum(np.ceil(timesteps) - 1, 0),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -15,11 +26,15 @@ class Walk:
     """What the caller asked of a sampler, already checked: see `make_table`.
 
     timesteps [n] or sigmas [n], without the final 0, are set where the caller chose the stops; schedule is then "custom".
+    Those of the "simple" schedule are set too. eta: None is the sampler's default.
+    begin is the first step that is taken, for the samplers that read in a step what earlier ones left (`SamplerInfo.multistep`):
+    the stops before it are dropped, and no history is there. Of the other samplers' tables `make_table` drops the rows.
     """
 
     steps: int
     schedule: str
-    eta: float = 0.0
+    eta: float | None = None
+    begin: int = 0
     timesteps: Vector | None = None
     sigmas: Vector | None = None
 
@@ -48,7 +63,7 @@ def spaced_timesteps_above_zero(noise: NoiseSchedule, steps: int, default: str) 
         return spaced_timesteps(noise, steps, default)
     if steps >= T:
         raise ParameterError(
-            f"num_inference_steps: {steps} is out of range; it must be at most {T - 1} for dpmpp_2m with leading spacing"
+            f"num_inference_steps: {steps} is out of range; with leading spacing this sampler takes at most {T - 1}"
         )
     return _offset(np.arange(1, steps + 1, dtype=np.float64)[::-1] * (T // (steps + 1)), noise)
 
@@ -68,12 +83,47 @@ def timesteps_at(noise: NoiseSchedule, sigmas: Vector) -> Vector:
     return np.interp(np.log(sigmas), np.log(noise.sigmas), np.arange(noise.train_steps))
 
 
-def karras_sigmas(highest: float, lowest: float, steps: int, rho: float = 7.0) -> Vector:
-    """[steps], Karras et al. 2022, "Elucidating the Design Space", equation 5, without its final 0."""
-    ramp = np.linspace(0, 1, steps)
-    return (highest ** (1 / rho) + ramp * (lowest ** (1 / rho) - highest ** (1 / rho))) ** rho
+def simple_timesteps(noise: NoiseSchedule, steps: int) -> Vector:
+    """[steps] whole timesteps, A1111's "Simple": as evenly as trailing spacing, rounded up."""
+    return noise.train_steps - 1 - np.floor(np.arange(steps) * (noise.train_steps / steps))
+
+
+def sigma_stops(noise: NoiseSchedule, walk: Walk) -> tuple[Vector, Vector]:
+    """[n] timesteps and [n] noise levels at the start of each step, as in the diffusers classes that stem from k-diffusion.
+
+    A schedule spans the levels of the checkpoint's spacing; the timesteps of its levels are fractional.
+    """
+    if walk.sigmas is not None:
+        return timesteps_at(noise, walk.sigmas), walk.sigmas
+    chosen = walk.timesteps
+    timesteps = spaced_timesteps(noise, walk.steps, default="linspace") if chosen is None else chosen
+    sigmas = sigmas_at(noise, timesteps)
+    if walk.schedule in SIGMA_SCHEDULES:
+        sigmas = SIGMA_SCHEDULES[walk.schedule](sigmas[0], sigmas[-1], walk.steps)
+        timesteps = timesteps_at(noise, sigmas)
+    return timesteps, sigmas
+
+
+def solver_stops(noise: NoiseSchedule, walk: Walk) -> tuple[Vector, Vector]:
+    """[n] timesteps and [n] noise levels at the start of each step, as in diffusers' DPM-Solver, UniPC and DEIS.
+
+    A schedule spans all levels of the training.
+    """
+    if walk.schedule in SIGMA_SCHEDULES:
+        sigmas = SIGMA_SCHEDULES[walk.schedule](noise.sigmas[-1], noise.sigmas[0], walk.steps)
+        timesteps = timesteps_at(noise, sigmas)
+        return WHOLE_TIMESTEPS.get(walk.schedule, np.asarray)(timesteps), sigmas
+    chosen = walk.timesteps
+    timesteps = spaced_timesteps_above_zero(noise, walk.steps, default="linspace") if chosen is None else chosen
+    return timesteps, sigmas_at(noise, timesteps)
 
 
 def final_sigma(noise: NoiseSchedule) -> float:
     """The noise level that the last step goes to."""
     return 0.0 if noise.final_sigmas_type == "zero" else float(noise.sigmas[0])
+
+
+def initial_scale(noise: NoiseSchedule, sigma_max: float) -> float:
+    """σ of pure noise for x = x_0 + σ ε. Leading spacing starts below the last training timestep, where some image is
+    still in x."""
+    return math.hypot(sigma_max, 1.0) if noise.timestep_spacing == "leading" else float(sigma_max)

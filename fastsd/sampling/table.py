@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fastsd.sampling.schedule import Vector
+from fastsd.sampling.schedule import NoiseSchedule, Vector
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +25,8 @@ class Table:
     model_input         [n, S] float64
     update              [n, S, S+2] float64
     initial_scale       > 0
+    alpha_bars          [n] float64, ᾱ of what the UNet sees in each step, where the timestep does not tell it: of samplers on
+                        x = sqrt(ᾱ) x_0 + sqrt(1 - ᾱ) ε whose noise levels lie between whole timesteps. Else None
     """
 
     sampler: str
@@ -33,6 +35,7 @@ class Table:
     model_input: Vector
     update: Vector
     initial_scale: float
+    alpha_bars: Vector | None = None
 
     def __post_init__(self) -> None:
         n, s = self.model_input.shape
@@ -48,6 +51,32 @@ class Table:
     def state_size(self) -> int:
         """S, the number of latent-shaped tensors kept from step to step."""
         return self.model_input.shape[1]
+
+    def from_row(self, row: int) -> Table:
+        """The table without the rows before this one."""
+        alpha_bars = None if self.alpha_bars is None else self.alpha_bars[row:]
+        return replace(
+            self,
+            timesteps=self.timesteps[row:],
+            model_input=self.model_input[row:],
+            update=self.update[row:],
+            alpha_bars=alpha_bars,
+        )
+
+    def noise_levels(self, noise: NoiseSchedule) -> Vector:
+        """[n+1, 2]: before each step state[0] is levels[i, 0] x_0 + levels[i, 1] ε; after the last, (1, 0).
+
+        What diffusers' schedulers compute in add_noise. Read from the input scale where a table has one (x = x_0 + σ ε, which
+        the UNet sees times sqrt(ᾱ)), else from alpha_bars or the timesteps.
+        """
+        scale = self.model_input[:, 0]
+        alpha_bars = noise.alphas_cumprod[self.timesteps.round().astype(int)]
+        if not np.all(scale == 1.0):
+            alpha_bars = scale**2
+        elif self.alpha_bars is not None:
+            alpha_bars = self.alpha_bars
+        levels = np.stack([np.sqrt(alpha_bars), np.sqrt(1.0 - alpha_bars)], axis=1) / scale[:, None]
+        return np.concatenate([levels, [[1.0, 0.0]]])
 
     def needs_noise(self, step: int) -> bool:
         """Whether this step adds fresh noise."""
@@ -70,6 +99,7 @@ def assemble(
     states: Sequence[Sequence[Vector]],
     input_scales: Vector | None = None,
     initial_scale: float = 1.0,
+    alpha_bars: Vector | None = None,
 ) -> Table:
     """A table from the state after each step, `states[i]` being its S slots as vectors over the basis.
 
@@ -78,4 +108,4 @@ def assemble(
     update = np.array(states)  # [n, S, S+2]
     model_input = np.zeros(update.shape[:2])
     model_input[:, 0] = 1.0 if input_scales is None else input_scales
-    return Table(sampler, schedule, timesteps.astype(np.float64), model_input, update, float(initial_scale))
+    return Table(sampler, schedule, timesteps.astype(np.float64), model_input, update, float(initial_scale), alpha_bars)

@@ -478,7 +478,7 @@ LAYOUT_FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     ),
     "SD3": (pipeline("StableDiffusion3Pipeline"), "model_index.json", "Stable Diffusion 3"),
     "FLUX": (pipeline("FluxPipeline"), "model_index.json", "FLUX"),
-    "inpainting": (pipeline("StableDiffusionInpaintPipeline"), "model_index.json", "inpainting"),
+    "inpainting of SDXL": (pipeline("StableDiffusionXLInpaintPipeline"), "model_index.json", "Stable Diffusion XL"),
     "a pipeline nobody knows": (pipeline("a\nb\x1b" * 99), "model_index.json", "names the pipeline"),
     "a pipeline of no string": (pipeline(["x"]), "model_index.json", "names the pipeline"),
     "no pipeline": (pipeline(None), "model_index.json", "names the pipeline None"),
@@ -498,7 +498,7 @@ LAYOUT_FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "text_encoder/config.json",
         "T5EncoderModel.*not a CLIPTextModel",
     ),
-    "inpainting config": (lambda m: edit_json(m / CONFIG, in_channels=9), CONFIG, "inpainting UNet"),
+    "instructions config": (lambda m: edit_json(m / CONFIG, in_channels=8), CONFIG, "InstructPix2Pix UNet"),
 }
 
 
@@ -514,7 +514,7 @@ def test_layout_fault(model: Path, fault: str) -> None:
     ("names", "reason"),
     [
         ([], "no diffusers folder"),
-        (["v1-5-pruned.safetensors"], r"single-file checkpoints \(v1-5-pruned.safetensors\); from_single_file comes"),
+        (["v1-5-pruned.safetensors"], r"single-file checkpoints \(v1-5-pruned.safetensors\); give the path"),
         (["model.ckpt", "note.txt"], r"single-file checkpoints \(model.ckpt\)"),
         (["pytorch_lora_weights.safetensors"], "holds a LoRA"),
         (["transformer/config.json"], "transformer/ in place of unet/"),
@@ -539,7 +539,7 @@ def test_path_that_does_not_exist(model: Path, path: str) -> None:
 
 
 def test_single_file_instead_of_a_folder(model: Path) -> None:
-    assert_refused(model / UNET, "safetensors", "is a single file.*from_single_file comes in a later version")
+    assert_refused(model / UNET, "safetensors", "is a single file, .* open it with Pipeline.from_single_file")
 
 
 def test_code_in_the_folder_is_not_run(model: Path, tmp_path: Path) -> None:
@@ -558,7 +558,7 @@ def test_code_in_the_folder_is_not_run(model: Path, tmp_path: Path) -> None:
 
 LDM = {"model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.decoder.conv_in.weight"}
 KINDS: dict[str, tuple[str, set[str], str]] = {
-    "LDM": ("unet", LDM, "single-file checkpoint .LDM keys.; from_single_file"),
+    "LDM": ("unet", LDM, "single-file checkpoint .LDM keys., to be opened by .*from_single_file"),
     "SDXL in one file": ("unet", LDM | {"conditioner.embedders.0.transformer.x"}, "single-file Stable Diffusion XL"),
     "SD3 in one file": ("unet", {"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"}, "Stable Diffusion 3"),
     "SDXL": ("unet", {"add_embedding.linear_1.weight", "conv_in.weight"}, "Stable Diffusion XL UNet"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 import fastsd
-from fastsd.sampling import Table
+from fastsd.sampling import SAMPLERS, Table
 
 Array = np.ndarray
 Model = Callable[[Array, float, int], Array]  # (scaled input, timestep, call) -> output
@@ -41,17 +41,7 @@ CONFIGS = {
 }
 
 # Every sampler with every schedule it takes.
-WALKS = [
-    ("ddpm", "uniform"),
-    ("ddim", "uniform"),
-    ("plms", "uniform"),
-    ("dpmpp_2m", "uniform"),
-    ("dpmpp_2m", "karras"),
-    ("euler", "uniform"),
-    ("euler", "karras"),
-    ("euler_ancestral", "uniform"),
-    ("euler_ancestral", "karras"),
-]
+WALKS = [(info.id, schedule) for info in SAMPLERS.values() for schedule in info.schedules]
 
 
 def run_table(table: Table, latents: Array, model: Model, noises: Array) -> tuple[list[Array], list[Array]]:

@@ -9,7 +9,7 @@ import pytest
 from fastsd.errors import CheckpointError
 from fastsd.sampling import NoiseSchedule
 from tests.sampling.sampler_cases import BUNDLED, SD15
-from tests.tolerances import ALPHA_BAR
+from tests.tolerances import ALPHA_BAR, ZERO_SNR
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,17 @@ def test_sigmas_are_stable_diffusions():
     assert sigmas[-1] == pytest.approx(14.6146, abs=5e-5)
 
 
+def test_zero_terminal_snr_equals_diffusers():
+    config = {**SD15, "rescale_betas_zero_snr": True}
+    noise = NoiseSchedule.from_config(config)
+    expected = diffusers.DDIMScheduler.from_config(config).alphas_cumprod.double().numpy()
+    np.testing.assert_allclose(noise.alphas_cumprod, expected, rtol=ZERO_SNR)
+    assert noise.alphas_cumprod[-1] == 0
+    assert noise.zero_terminal_snr
+    assert not NoiseSchedule.from_config(SD15).zero_terminal_snr
+    assert noise.sigmas[-1] == pytest.approx(4096, rel=1e-6)  # as in diffusers' classes that walk σ
+
+
 def test_reads_what_the_config_says():
     noise = NoiseSchedule.from_config({**SD15, "prediction_type": "v_prediction", "timestep_spacing": "trailing"})
     assert (noise.sampler, noise.prediction_type, noise.timestep_spacing) == ("plms", "v_prediction", "trailing")
@@ -57,7 +68,10 @@ HUGE = 10**400  # JSON's integers have no end; a float's do
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr = True: not supported"),
+        ({"rescale_betas_zero_snr": "no"}, "rescale_betas_zero_snr = 'no': must be true or false"),
+        ({"rescale_betas_zero_snr": True, "trained_betas": [0.1]}, "rescale_betas_zero_snr = True: needs at least two"),
+        ({"original_inference_steps": 0}, "original_inference_steps = 0"),
+        ({"timestep_scaling": 0}, "timestep_scaling = 0"),
         ({"thresholding": True}, "thresholding = True: not supported"),
         ({"timestep_type": "continuous"}, "timestep_type = 'continuous': not supported"),
         ({"interpolation_type": "log_linear"}, "interpolation_type"),

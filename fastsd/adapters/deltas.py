@@ -1,0 +1,123 @@
+"""What an adapter adds to one weight: ΔW from a few small factors, by one of three formulas.
+
+LoRA: Hu et al. 2021, arXiv 2106.09685. LoHa: Hyeon-Woo et al. 2022, arXiv 2108.06098. LoKr: Edalati et al. 2022,
+arXiv 2212.10650. The convolutions of all three: Yeh et al. 2024 (LyCORIS), arXiv 2309.14859, whose names the factors bear.
+
+A formula is computed twice: from the factors' shapes when a file is checked, and from the factors.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...]
+Factors = Mapping[str, Tensor]
+Shapes = Mapping[str, Shape]
+
+
+class Formula(NamedTuple):
+    value: Callable[[Factors], Tensor]
+    """Factors → ΔW as a matrix [O, I·h·w], or as [O, I, h, w]."""
+    shape: Callable[[Shapes], Shape | None]
+    """Shapes of factors, 2-D at least → [O, I·h·w]; None where they do not fit together."""
+
+
+def low_rank(f: Factors) -> Tensor:
+    """LoRA: up [O, r] · down [r, I·h·w]; with a middle [r, s, h, w], down is [s, I]."""
+    if "mid" in f:
+        return tucker(f["mid"], f["up"].flatten(1).T, f["down"].flatten(1))
+    return f["up"].flatten(1) @ f["down"].flatten(1)
+
+
+def low_rank_shape(s: Shapes) -> Shape | None:
+    up, down = _flat(s["up"]), _flat(s["down"])
+    return _product_shape(up, down) if "mid" not in s else _product_shape(up[::-1], down, s["mid"])
+
+
+def hadamard(f: Factors) -> Tensor:
+    """LoHa: the product, element by element, of two matrices of low rank."""
+    first = _product(f["hada_w1_a"], f["hada_w1_b"], f.get("hada_t1"))
+    return first * _product(f["hada_w2_a"], f["hada_w2_b"], f.get("hada_t2"))
+
+
+def hadamard_shape(s: Shapes) -> Shape | None:
+    first = _product_shape(s["hada_w1_a"], s["hada_w1_b"], s.get("hada_t1"))
+    return first if first == _product_shape(s["hada_w2_a"], s["hada_w2_b"], s.get("hada_t2")) else None
+
+
+def kronecker(f: Factors) -> Tensor:
+    """LoKr: w1 [a, b] ⊗ w2 [c, d·h·w], each whole or of low rank → [a·c, b·d·h·w]."""
+    w1 = f["lokr_w1"] if "lokr_w1" in f else _product(f["lokr_w1_a"], f["lokr_w1_b"])
+    w2 = f["lokr_w2"] if "lokr_w2" in f else _product(f["lokr_w2_a"], f["lokr_w2_b"], f.get("lokr_t2"))
+    return (w1[:, None, :, None] * w2.flatten(1)[None, :, None]).flatten(2).flatten(0, 1)
+
+
+def kronecker_shape(s: Shapes) -> Shape | None:
+    w1 = s["lokr_w1"] if "lokr_w1" in s else _product_shape(s["lokr_w1_a"], s["lokr_w1_b"])
+    w2 = s["lokr_w2"] if "lokr_w2" in s else _product_shape(s["lokr_w2_a"], s["lokr_w2_b"], s.get("lokr_t2"))
+    return None if w1 is None or w2 is None or len(w1) != 2 else (w1[0] * w2[0], w1[1] * math.prod(w2[1:]))
+
+
+def tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """A convolution's weight from core [r, s, h, w], a [r, O], b [s, I] → [O, I, h, w]."""
+    return torch.einsum("rshw,ro,si->oihw", core, a, b)
+
+
+def _product(a: Tensor, b: Tensor, core: Tensor | None = None) -> Tensor:
+    """a [O, r] · b [r, I·h·w]; with a core as `tucker`."""
+    return a @ b if core is None else tucker(core, a, b)
+
+
+def _product_shape(a: Shape, b: Shape, core: Shape | None = None) -> Shape | None:
+    if len(a) != 2 or len(b) != 2:
+        return None
+    if core is None:
+        return (a[0], b[1]) if a[1] == b[0] else None
+    return (a[1], b[1] * math.prod(core[2:])) if len(core) == 4 and core[:2] == (a[0], b[0]) else None
+
+
+def _flat(shape: Shape) -> Shape:
+    return shape[0], math.prod(shape[1:])
+
+
+_LORA = Formula(low_rank, low_rank_shape)
+_LOHA = Formula(hadamard, hadamard_shape)
+_LOKR = Formula(kronecker, kronecker_shape)
+_LOHA_FACTORS = frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"})
+_LOKR_1 = ({"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"})
+_LOKR_2 = ({"lokr_w2"}, {"lokr_w2_a", "lokr_w2_b"}, {"lokr_w2_a", "lokr_w2_b", "lokr_t2"})
+
+FORMULAS: dict[frozenset[str], Formula] = {
+    frozenset({"up", "down"}): _LORA,
+    frozenset({"up", "down", "mid"}): _LORA,
+    _LOHA_FACTORS: _LOHA,
+    _LOHA_FACTORS | {"hada_t1", "hada_t2"}: _LOHA,
+    **{frozenset(first | second): _LOKR for first, second in product(_LOKR_1, _LOKR_2)},
+}
+"""Which formula the factors of a layer stand for."""
+
+_OF_RANK = ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
+
+
+def rank_of(factors: Factors) -> int | None:
+    """The rank that alpha is divided by; None where no factor is of low rank, and alpha means nothing."""
+    return next((factors[name].shape[0] for name in _OF_RANK if name in factors), None)
+
+
+@dataclass(frozen=True)
+class Delta:
+    """scale · formula(factors), for a weight of `shape`."""
+
+    formula: Formula
+    factors: dict[str, Tensor]
+    scale: float
+    shape: Shape
+
+    def value(self) -> Tensor:
+        """formula(factors) in fp32, without the scale."""
+        return self.formula.value({name: factor.float() for name, factor in self.factors.items()}).reshape(self.shape)

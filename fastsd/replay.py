@@ -1,0 +1,169 @@
+"""From a picture's file back to the request that made it: A1111's `parameters` as arguments of `Pipeline.generate`."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import ExifTags, Image
+
+from fastsd.errors import FastSDError, ImageError
+from fastsd.hires import UPSCALERS
+from fastsd.images import MAX_PIXELS
+from fastsd.metadata import parse_parameters
+from fastsd.sampling import canonical_sampler, canonical_schedule
+
+_USER_COMMENT = 0x9286
+_CHARACTER_CODES = {b"UNICODE\0": "utf-16-be", b"ASCII\0\0\0": "ascii", b"\0" * 8: "utf-8"}
+_ARGUMENTS = {
+    "prompt": "prompt",
+    "negative_prompt": "negative_prompt",
+    "steps": "num_inference_steps",
+    "cfg_scale": "guidance_scale",
+    "seed": "seed",
+    "width": "width",
+    "height": "height",
+    "eta": "eta",
+    "guidance_rescale": "guidance_rescale",
+    "variation_seed": "variation_seed",
+    "variation_strength": "variation_strength",
+    "hires_scale": "hires_scale",
+    "hires_steps": "hires_steps",
+}
+_WEIGHTS = (".safetensors", ".ckpt", ".pt")
+_HASH = re.compile("[0-9a-fA-F]{6,64}")
+_HASHES = ("Hashes", "Lora hashes", "TI hashes")
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What a file says of how it was made."""
+
+    arguments: dict[str, Any]
+    """For `Pipeline.generate`."""
+    model: str | None
+    hashes: dict[str, str]
+    """By what they are of: "model", "lora:name", "embed:name"; lower case, as long as the file gives them."""
+    lost: list[str] = field(default_factory=list)
+    """Settings that are not replayed, each with its reason."""
+
+
+def read_parameters(path: str | Path) -> str:
+    """The text that a PNG, JPEG or WebP carries of how it was made; its pixels are not decoded.
+
+    ImageError if the file cannot be read, is none of these, is larger than 16.8 million pixels, or carries no such text.
+    """
+    try:
+        with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
+            width, height = image.size
+            text = image.info.get("parameters")
+            comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(_USER_COMMENT)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        why = getattr(error, "strerror", None) or "it is damaged, or something else"
+        raise ImageError(f"{Path(path).name} cannot be read as PNG, JPEG or WebP: {why}") from error
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"{Path(path).name} has {width}x{height} pixels, more than {MAX_PIXELS}")
+    if not isinstance(text, str):
+        text = _decoded(comment) if isinstance(comment, bytes) else comment
+    if not isinstance(text, str) or not text.strip("\0 \n"):
+        raise ImageError(f"{Path(path).name} does not say how it was made: it carries no `parameters`")
+    return text
+
+
+def _decoded(comment: bytes) -> str:
+    """EXIF 2.3's UserComment: eight bytes name the characters. The web UI writes UTF-16 with the high byte first."""
+    encoding = _CHARACTER_CODES.get(comment[:8])
+    return comment[8:].decode(encoding, errors="replace") if encoding else comment.decode(errors="replace")
+
+
+def read_replay(text: str) -> Replay:
+    """What `parameters` ask of fastsd. ImageError where the text holds no settings, only a prompt."""
+    fields = parse_parameters(text)
+    if "steps" not in fields:
+        raise ImageError("the file's `parameters` hold no settings (Steps, Sampler, …), only a prompt")
+    extra: dict[str, str] = fields.pop("extra", {})
+    arguments = {ours: fields[name] for name, ours in _ARGUMENTS.items() if name in fields}
+    lost: list[str] = []
+    for name, canonical in (("sampler", canonical_sampler), ("schedule_type", canonical_schedule)):
+        value = fields.get(name)
+        if value is not None:
+            try:
+                canonical(value)
+            except FastSDError as error:
+                lost.append(str(error))
+            else:
+                arguments["schedule" if name == "schedule_type" else name] = value
+    if fields.get("clip_skip", 1) > 1:
+        arguments["clip_skip"] = fields["clip_skip"] - 1  # the web UI counts the last layer as 1
+    if "hires_scale" in fields:
+        arguments["hires_strength"] = fields.get("denoising_strength")
+        _upscaler(fields.get("hires_upscaler"), arguments, lost)
+    elif "denoising_strength" in fields:
+        lost.append("Denoising strength: it was made from another image, which the file does not hold")
+    ours = str(fields.get("version", "")).startswith("fastsd")
+    arguments["prompt_style"] = "plain" if fields.get("emphasis") == "None" else "a1111"
+    if not ours and extra.get("RNG", "GPU") != "CPU":
+        lost.append("RNG: the web UI drew the noise on the GPU by default; fastsd draws it on the CPU")
+    lost += [f"{label}: {value}" for label, value in extra.items() if label not in (*_HASHES, "RNG")]
+    return Replay(arguments, fields.get("model"), dict(_hashes(fields, extra)), lost)
+
+
+def _upscaler(label: str | None, arguments: dict[str, Any], lost: list[str]) -> None:
+    known = {name: ours for ours, name in UPSCALERS.items()}
+    if label in known:
+        arguments["hires_upscaler"] = known[label]
+    elif label is not None:
+        lost.append(f"Hires upscaler: fastsd has not {label}; it has {', '.join(known)}")
+
+
+def _hashes(fields: Mapping[str, Any], extra: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    if _HASH.fullmatch(fields.get("model_hash", "")):
+        yield "model", fields["model_hash"].lower()
+    for label, kind in (("Lora hashes", "lora"), ("TI hashes", "embed")):
+        for part in extra.get(label, "").split(","):
+            name, _, value = part.rpartition(":")
+            if _HASH.fullmatch(value.strip()):
+                yield f"{kind}:{name.strip()}", value.strip().lower()
+    try:
+        listed = json.loads(extra.get("Hashes", "{}"))
+    except (ValueError, RecursionError):
+        listed = {}
+    for name, value in listed.items() if isinstance(listed, dict) else ():
+        if isinstance(value, str) and _HASH.fullmatch(value):
+            yield name, value.lower()
+
+
+def find_hashed(hashes: Mapping[str, str], folders: Iterable[Path]) -> dict[str, Path]:
+    """The files under the folders that have these hashes, by what the hash is of; what is not found is left out.
+
+    A file is known by the start of its SHA-256, as the web UI gives it for models and embeddings, or by that of all behind a
+    safetensors header, as it does for LoRAs.
+    """
+    wanted = dict(hashes)
+    found: dict[str, Path] = {}
+    for path in sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in _WEIGHTS):
+        if not wanted:
+            break
+        digests = _digests(path)
+        for name in [name for name, value in wanted.items() if any(d.startswith(value) for d in digests)]:
+            found[name] = path
+            del wanted[name]
+    return found
+
+
+def _digests(path: Path) -> tuple[str, str]:
+    """SHA-256 of the file, and of what follows a safetensors header."""
+    whole, rest = hashlib.sha256(), hashlib.sha256()
+    with path.open("rb") as file:
+        start = file.read(8)
+        whole.update(start)
+        header = int.from_bytes(start, "little") if len(start) == 8 and path.suffix == ".safetensors" else 0
+        left = header
+        while block := file.read(1 << 20):
+            whole.update(block)
+            rest.update(block[min(left, len(block)) :])
+            left -= min(left, len(block))
+    return whole.hexdigest(), rest.hexdigest()

@@ -1,0 +1,171 @@
+"""What a picture's file says of how it was made, as a request; and the files that it was made with, found by their hashes."""
+
+import hashlib
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import ExifTags, Image
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+import fastsd
+from fastsd import cli
+from fastsd.errors import ImageError
+from fastsd.metadata import save_image
+from fastsd.replay import find_hashed, read_parameters, read_replay
+
+WEB_UI = (
+    "a (red:1.2) circle, BREAK\nsecond line\n"
+    "Negative prompt: blurry\n"
+    "Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 965400086, Size: 512x768, "
+    "Model hash: 6CE0161689, Model: v1-5-pruned-emaonly, Clip skip: 2, Denoising strength: 0.7, "
+    'Lora hashes: "ink: 0b1c2d3e4f5a, two: ffeeddccbbaa", TI hashes: "bad-hands: 0123456789ab", '
+    'Hires something: 3, Hashes: {"model": "6ce0161689"}, Version: v1.9.3'
+)
+
+
+def test_a_picture_of_the_web_ui_becomes_a_request() -> None:
+    replay = read_replay(WEB_UI)
+    assert replay.arguments == {
+        "prompt": "a (red:1.2) circle, BREAK\nsecond line",
+        "negative_prompt": "blurry",
+        "num_inference_steps": 20,
+        "sampler": "DPM++ 2M",
+        "schedule": "Karras",
+        "guidance_scale": 7.0,
+        "seed": 965400086,
+        "width": 512,
+        "height": 768,
+        "clip_skip": 1,
+        "prompt_style": "a1111",
+    }
+    assert replay.model == "v1-5-pruned-emaonly"
+    assert replay.hashes == {
+        "model": "6ce0161689",
+        "lora:ink": "0b1c2d3e4f5a",
+        "lora:two": "ffeeddccbbaa",
+        "embed:bad-hands": "0123456789ab",
+    }
+    assert any(line.startswith("RNG") for line in replay.lost)
+    assert any(line.startswith("Denoising strength: it was made from another image") for line in replay.lost)
+    assert "Hires something: 3" in replay.lost
+
+
+def test_a_second_pass_is_replayed() -> None:
+    text = WEB_UI.replace("Hires something: 3", "Hires upscale: 1.5, Hires steps: 9, Hires upscaler: Latent")
+    replay = read_replay(text)
+    asked = {name: value for name, value in replay.arguments.items() if name.startswith("hires")}
+    assert asked == {"hires_scale": 1.5, "hires_steps": 9, "hires_strength": 0.7, "hires_upscaler": "latent"}
+    unknown = read_replay(
+        text.replace("Upscaler: Latent", "upscaler: Latent").replace("er: Latent", "er: R-ESRGAN 4x+")
+    )
+    assert any("R-ESRGAN" in line for line in unknown.lost)
+
+
+def test_what_fastsd_lacks_is_named() -> None:
+    text = WEB_UI.replace("DPM++ 2M", "Restart").replace("Version: v1.9.3", "RNG: CPU, Version: v1.9.3")
+    replay = read_replay(text)
+    assert "sampler" not in replay.arguments
+    assert any("Restart" in line for line in replay.lost)
+    assert not any(line.startswith("RNG") for line in replay.lost), "the noise is the CPU's"
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+def test_a_picture_of_ours_is_drawn_again(pipe: fastsd.Pipeline, tmp_path: Path, suffix: str) -> None:
+    drawn = pipe.generate(
+        "a small blue square", "red, \u65e5\u672c", num_inference_steps=3, guidance_scale=4.5, seed=5, sampler="Euler a",
+        schedule="karras", width=48,
+    )  # fmt: skip
+    path = save_image(drawn.images[0], tmp_path / f"made{suffix}", drawn.parameters[0])
+    replay = read_replay(read_parameters(path))
+    assert not replay.lost
+    again = pipe.generate(**replay.arguments)
+    assert np.array_equal(np.asarray(again.images[0]), np.asarray(drawn.images[0])), "another picture"
+    assert again.parameters == drawn.parameters
+
+
+@pytest.mark.parametrize("style", ["plain", "a1111"])
+def test_brackets_are_read_as_they_were(pipe: fastsd.Pipeline, style: str) -> None:
+    drawn = pipe.generate("a (red:1.4) circle", prompt_style=style, num_inference_steps=2, seed=1)
+    replay = read_replay(drawn.parameters[0])
+    assert replay.arguments["prompt_style"] == style
+    assert np.array_equal(*(np.asarray(one.images[0]) for one in (drawn, pipe.generate(**replay.arguments))))
+
+
+def test_the_command(pipe: fastsd.Pipeline, tmp_path: Path) -> None:
+    out, again = str(tmp_path / "out.png"), str(tmp_path / "again.png")
+    asked = ["generate", "-p", "a (large:1.2) red circle", "--steps", "2", "-s", "9", "-o", out]
+    assert CliRunner().invoke(cli.app, asked).exit_code == 0
+    done = CliRunner().invoke(cli.app, ["replay", out, "-o", again])
+    assert done.exit_code == 0, done.output
+    assert done.stdout == f"{again}\tseed 9\n"
+    assert Path(again).read_bytes() == Path(out).read_bytes(), "not the same file"
+
+
+def test_the_command_names_what_it_lacks(pipe: fastsd.Pipeline, tmp_path: Path) -> None:
+    drawn = pipe.generate("x", num_inference_steps=2, seed=1)
+    text = WEB_UI.replace("512x768", "64x64")
+    path = save_image(drawn.images[0], tmp_path / "web.png", text)
+    done = CliRunner().invoke(cli.app, ["replay", str(path), "-o", str(tmp_path / "out.png")])
+    assert done.exit_code == 2
+    assert "v1-5-pruned-emaonly (6ce0161689)" in done.stderr
+    bundled = str(fastsd.pipeline.BUNDLED)
+    done = CliRunner().invoke(cli.app, ["replay", str(path), "-m", bundled, "-o", str(tmp_path / "out.png")])
+    assert done.exit_code == 0, done.output
+    for name in ("model (6ce0161689)", "lora:ink (0b1c2d3e4f5a)", "embed:bad-hands (0123456789ab)"):
+        assert f"{name} was not found" in done.stderr
+
+
+def refused(tmp_path: Path, content: bytes) -> str:
+    path = tmp_path / "file.png"
+    path.write_bytes(content)
+    with pytest.raises(ImageError) as caught:
+        read_parameters(path)
+    assert str(tmp_path) not in str(caught.value)
+    return str(caught.value)
+
+
+def encoded(size: tuple[int, int] = (8, 8), kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("1" if kind == "PNG" else "RGB", size).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def test_files_that_say_nothing(tmp_path: Path) -> None:
+    assert "does not say how it was made" in refused(tmp_path, encoded())
+    assert "cannot be read" in refused(tmp_path, b"")
+    assert "cannot be read" in refused(tmp_path, encoded()[:30])
+    assert "cannot be read" in refused(tmp_path, encoded(kind="GIF"))
+    assert "pixels" in refused(tmp_path, encoded((8192, 8192)))
+    with pytest.raises(ImageError, match="no settings"):
+        read_replay("only a prompt")
+
+
+def test_a_comment_in_ascii_or_unnamed(tmp_path: Path) -> None:
+    for code in (b"ASCII\0\0\0", b"\0" * 8, b"UNICODE\0"):
+        exif = Image.Exif()
+        text = WEB_UI.encode("utf-16-be" if code == b"UNICODE\0" else "ascii")
+        exif.get_ifd(ExifTags.IFD.Exif)[0x9286] = code + text
+        path = tmp_path / "file.jpg"
+        Image.new("RGB", (8, 8)).save(path, exif=exif)
+        assert read_parameters(path) == WEB_UI
+
+
+def test_files_are_found_by_their_hashes(tmp_path: Path) -> None:
+    (tmp_path / "lora").mkdir()
+    for seed, name in enumerate(["model.safetensors", "lora/ink.safetensors", "lora/other.safetensors"]):
+        weights = {"w": torch.randn(400_000, generator=torch.Generator().manual_seed(seed))}
+        save_file(weights, tmp_path / name)
+    model = hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
+    content = (tmp_path / "lora/ink.safetensors").read_bytes()
+    tensors = content[8 + int.from_bytes(content[:8], "little") :]
+    hashes = {
+        "model": model[:10],
+        "lora:ink": hashlib.sha256(tensors).hexdigest()[:12],
+        "lora:gone": "000000000000",
+    }
+    found = find_hashed(hashes, [tmp_path])
+    assert found == {"model": tmp_path / "model.safetensors", "lora:ink": tmp_path / "lora/ink.safetensors"}
