@@ -1,0 +1,110 @@
+"""Adapters on a whole Pipeline: pictures change, and come back to the last byte; under live graphs; while others draw."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+import fastsd
+from fastsd import cli
+from fastsd.denoise import Denoiser
+from fastsd.errors import ParameterError
+from fastsd.graph import Graphs
+from tests.adapter_builders import kohya_lora, save
+from tests.test_graph import StandIn
+
+PROMPT = "a large red circle in the center on a white background"
+
+
+@pytest.fixture
+def own() -> fastsd.Pipeline:
+    return fastsd.Pipeline(device="cpu")
+
+
+@pytest.fixture
+def ink(own: fastsd.Pipeline, tmp_path: Path) -> Path:
+    return save(kohya_lora(own), tmp_path / "ink.safetensors")
+
+
+def draw(pipe: fastsd.Pipeline, prompt: str = PROMPT, **options: Any) -> np.ndarray:
+    given = {"num_inference_steps": 3, "seed": 2, "output_type": "np"} | options
+    return np.asarray(pipe.generate(prompt, **given).images)
+
+
+@pytest.mark.parametrize("replayed", [False, True], ids=["eager", "graphs"])
+def test_a_lora_comes_and_goes(own: fastsd.Pipeline, ink: Path, replayed: bool) -> None:
+    if replayed:
+        own.graphs = Graphs(StandIn(), 10_000)
+        own._denoiser = Denoiser(own.unet, own.ops, own.graphs)
+    first = [draw(own) for _ in range(3)][-1]
+    captures = own.graphs.captures if own.graphs else 0
+    own.load_lora_weights(ink, adapter_name="ink")
+    full = draw(own)
+    own.set_adapters("ink", 0.5)
+    half = draw(own)
+    assert not np.array_equal(full, first), "the LoRA is not seen"
+    assert not np.array_equal(half, full), "nor its weight"
+    own.disable_lora()
+    assert np.array_equal(draw(own), first), "off is not what it was before"
+    own.enable_lora()
+    assert np.array_equal(draw(own), half)
+    own.unload_lora_weights()
+    assert np.array_equal(draw(own), first), "unloaded is not what it was before"
+    assert (own.graphs.captures if own.graphs else 0) == captures, "captured again"
+
+
+def test_a_word_comes_and_goes(own: fastsd.Pipeline, tmp_path: Path) -> None:
+    prompt = "a <thing> on a white background"
+    first = draw(own, prompt)
+    width = own.text_encoder.config.hidden_size
+    vectors = torch.randn(2, width, generator=torch.Generator().manual_seed(0))
+    save_file({"<thing>": vectors}, tmp_path / "thing.safetensors")
+    own.load_textual_inversion(tmp_path / "thing.safetensors")
+    assert not np.array_equal(draw(own, prompt), first), "the word is not seen"
+    own.unload_textual_inversion()
+    assert np.array_equal(draw(own, prompt), first), "unloaded is not what it was before"
+
+
+def test_who_is_drawing_keeps_the_old_weights(own: fastsd.Pipeline, ink: Path) -> None:
+    first = draw(own)
+    begun, pictures = threading.Event(), []
+
+    def on_step(pipe: fastsd.Pipeline, step: int, timestep: float, values: dict[str, Any]) -> dict[str, Any]:
+        begun.set()
+        return {}
+
+    thread = threading.Thread(
+        target=lambda: pictures.append(draw(own, num_inference_steps=3, callback_on_step_end=on_step))
+    )
+    thread.start()
+    assert begun.wait(60)
+    own.load_lora_weights(ink)
+    thread.join()
+    assert np.array_equal(pictures[0], first), "the weights changed under a call"
+    assert not np.array_equal(draw(own), first)
+
+
+def test_a_callback_may_not_swap(own: fastsd.Pipeline, ink: Path) -> None:
+    with pytest.raises(ParameterError):
+        draw(own, callback_on_step_end=lambda *_: own.load_lora_weights(ink) and {})
+    assert draw(own).shape == (1, 64, 64, 3), "the next call is served"
+
+
+def test_the_command_line_takes_them(own: fastsd.Pipeline, ink: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.png"
+    asked = ["generate", "-p", PROMPT, "--steps", "3", "-s", "2", "--lora", f"{ink}:0.5", "-o", str(out)]
+    done = CliRunner().invoke(cli.app, asked)
+    assert done.exit_code == 0, done.output
+    own.load_lora_weights(ink, adapter_name="ink")
+    own.set_adapters("ink", 0.5)
+    drawn = own.generate(PROMPT, prompt_style="a1111", num_inference_steps=3, seed=2)
+    assert np.array_equal(np.asarray(Image.open(out)), np.asarray(drawn.images[0]))
+    missing = CliRunner().invoke(cli.app, ["generate", "-p", "x", "--lora", "no/such.safetensors", "-o", str(out)])
+    assert missing.exit_code == 1
+    assert "such.safetensors" in missing.stderr
