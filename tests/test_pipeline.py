@@ -602,7 +602,7 @@ PLAIN = {"checks", "config", "errors", "json_reader", "wording", "kernels"}
 
 
 def test_imports_run_one_way() -> None:
-    """Only backends.py and launches.py import kernels; kernels import nothing else; models import config, errors, ops and each other."""
+    """Only backends.py and launches.py import kernels; kernels import nothing else; models config, errors, ops."""
     package = Path(fastsd.__file__).parent
     imported = {path.relative_to(package).as_posix(): fastsd_imports(path) for path in package.rglob("*.py")}
     assert "kernels" in imported["backends.py"], "the test no longer sees imports"
