@@ -89,6 +89,8 @@ def load(case: Case) -> Any:
             options[f"use_{schedule}_sigmas"] = True
         elif schedule == "sgm_uniform":
             options["timestep_spacing"] = "trailing"
+        elif schedule not in (None, "uniform"):
+            raise ParameterError(f"schedule: diffusers has no {schedule} to measure against; choose another")
         twin = getattr(diffusers, info.diffusers_class)
         pipe.scheduler = twin.from_config(dict(pipe.scheduler.config) | options)
     return pipe

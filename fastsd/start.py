@@ -55,13 +55,15 @@ class Beginner:
         else:
             noise = request.latents.permute(0, 2, 3, 1).to(self.device, torch.float32).contiguous()
         condition = self._condition(request, source, mask)
-        levels = torch.from_numpy(table.noise_levels(self.schedule)).float()
-        kept = None
-        if mask is not None and image is not None and condition is None:
-            kept = Kept(spread(mask, request.batch), image, noise, levels.to(self.device))
         if mask is not None and not mask.any():
             notes.append("mask_image: white nowhere, or in less than a latent; nothing is painted")
-        if from_noise or image is None:
+        if image is None:
+            return Start(table, noise, None, condition)
+        levels = torch.from_numpy(table.noise_levels(self.schedule)).float()
+        kept = None
+        if mask is not None and condition is None:
+            kept = Kept(spread(mask, request.batch), image, noise, levels.to(self.device))
+        if from_noise:
             return Start(table, noise, kept, condition)
         share, rest = levels[0].tolist()
         return Start(replace(table, initial_scale=1.0), share * image + rest * noise, kept, condition)

@@ -14,8 +14,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from torch import nn
 
-from fastsd.checkpoints.ldm_keys import UNET, inverse, renamed, tables
-from fastsd.config import CLIPConfig, ModelConfig, UNetConfig, VAEConfig
+from fastsd.checkpoints.ldm_keys import UNET, inverse, renamed, unet_table
+from fastsd.config import UNetConfig
 
 Layer = tuple[str, str]
 """(component, module), as in ("unet", "conv_in")."""
@@ -89,8 +89,6 @@ def foreign(keys: Collection[str]) -> str | None:
 
 def ldm_names(names: Iterable[str], config: UNetConfig) -> dict[str, str]:
     """A UNet's layers → their names in the original code, where blocks are counted through."""
-    # the other nets have no part in it, but must fit the UNet
-    clip, vae = CLIPConfig(hidden_size=config.cross_attention_dim), VAEConfig(latent_channels=config.out_channels)
-    table = inverse(tables(ModelConfig(clip, config, vae), open_clip=False)["unet"])
+    table = inverse(unet_table(config))
     found = {name: renamed(name, table) for name in names}
     return {name: original.removeprefix(UNET) for name, original in found.items() if original is not None}

@@ -73,10 +73,15 @@ def tables(config: ModelConfig, open_clip: bool) -> dict[str, Table]:
     """
     clip = _prefixed(OPEN_CLIP, "", _open_clip(config.text_encoder)) if open_clip else _clip()
     return {
-        "unet": _prefixed(UNET, "", _unet(config.unet)),
+        "unet": unet_table(config.unet),
         "vae": _prefixed(VAE, "", _vae(config.vae)),
         "text_encoder": clip,
     }
+
+
+def unet_table(config: UNetConfig) -> Table:
+    """The UNet's of `tables`."""
+    return _prefixed(UNET, "", _unet(config))
 
 
 def renamed(name: str, table: Mapping[str, str]) -> str | None:

@@ -88,10 +88,10 @@ def read_embedding(
 def _load_pickle(path: Path, label: str) -> Any:
     data = read_capped(path, label, MAX_EMBEDDING_BYTES)
     if data.startswith(b"PK"):
-        pickle_file._check_zip(data, label)
+        pickle_file.check_zip(data, label)
     elif not data.startswith(LEGACY_PICKLE):
         raise CheckpointError(f"{label}: not a file of torch.save, but another pickle")
-    return pickle_file._unpickle(data, label)
+    return pickle_file.unpickle(data, label)
 
 
 def _only_embedding(state: Any, stem: str, label: str) -> tuple[str, Any]:

@@ -65,8 +65,8 @@ def open_pickle(path: Path, label: str, training: bool = False) -> PickleFile:
         raise CheckpointError(f"{label}: not a file of torch.save: {_other_content(head)}")
     data = read_exactly(path, label, size)
     if is_zip:
-        _check_zip(data, label)
-    state, step = _unpickle(data, label), None
+        check_zip(data, label)
+    state, step = unpickle(data, label), None
     if training and isinstance(state, dict) and "state_dict" in state:
         state, step = state["state_dict"], state.get("global_step")
     values = _checked(state, label)
@@ -82,7 +82,7 @@ def _other_content(head: bytes) -> str:
     return (foreign_format(head) or "unknown content").removesuffix(", not safetensors")
 
 
-def _check_zip(data: bytes, label: str) -> None:
+def check_zip(data: bytes, label: str) -> None:
     try:
         entries = zipfile.ZipFile(io.BytesIO(data)).infolist()
     except Exception as error:  # BadZipFile, struct.error, ValueError, ...: a damaged directory raises many kinds
@@ -94,7 +94,7 @@ def _check_zip(data: bytes, label: str) -> None:
         raise CheckpointError(f"{label}: its zip entries hold more than the file's {len(data):,} bytes; refused")
 
 
-def _unpickle(data: bytes, label: str) -> Any:
+def unpickle(data: bytes, label: str) -> Any:
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_LIGHTNING):
             warnings.simplefilter("ignore")  # torch's own deprecations inside its legacy reader

@@ -41,9 +41,8 @@ def plan_conv2d_norm(
     pixels = height * width
     config = config or conv2d.choose_config(batch * pixels, n, x.shape[-1], 9, 1, x.dtype, arch)
     block_p, block_w = triton.next_power_of_2(pixels), triton.next_power_of_2(n // groups)
-    y = torch.empty_like(out)
     if config.split_k > 1 and block_p * block_w <= MOST_VALUES:
-        multiply, _ = conv2d.plan_conv2d(x, w, 1, PAD, conv2d.Epilogue(b, channel_bias), y, arch, config)
+        multiply, _ = conv2d.plan_conv2d(x, w, 1, PAD, conv2d.Epilogue(b, channel_bias), out, arch, config)
         parts = multiply.arguments["out_ptr"]
         added = {"parts_ptr": parts, "b_ptr": b, "channel_bias_ptr": b if channel_bias is None else channel_bias}
         stride = {"channel_bias_stride": n if channel_bias is None else channel_bias.stride(0)}
@@ -60,6 +59,7 @@ def plan_conv2d_norm(
             num_warps=8 if block_p * block_w > 4096 else 4,
         )
         return [multiply, add]
+    y = torch.empty_like(out)
     chunk = conv2d.statistics_chunk(config, n)
     if pixels % chunk:
         launches = conv2d.plan_conv2d(x, w, 1, PAD, conv2d.Epilogue(b, channel_bias), y, arch, config)
