@@ -7,7 +7,7 @@ OUT ?= image.png
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: image test test-all test-gpu lint format clean
+.PHONY: image test test-all test-gpu support lint format clean
 
 image: $(VENV)/.installed ## draw PROMPT into OUT with the bundled model, at the guidance it draws best
 	@$(BIN)/fastsd generate --cfg-scale 4 -p "$$FASTSD_PROMPT" -o "$(OUT)"
@@ -21,6 +21,9 @@ test-all: $(VENV)/.installed-test ## also the slow ones: full-size nets, minutes
 
 test-gpu: $(VENV)/.installed-test ## what needs a CUDA device; the outcomes go to bench/results/gpu-tests.json
 	$(BIN)/python -m pytest -m gpu --results bench/results/gpu-tests.json
+
+support: $(VENV)/.installed-test ## each feature of docs/SUPPORT.md with its oracle and the error measured; fails on a breach
+	$(BIN)/python -m tests.support_matrix
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

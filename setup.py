@@ -32,6 +32,7 @@ setup(
         "huggingface_hub>=0.30",
         "tqdm>=4.66",
         "typer>=0.12",
+        "pyyaml>=6",
     ],
     extras_require={
         "test": [

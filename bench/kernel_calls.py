@@ -111,7 +111,7 @@ def draw(call: Call, dtype: torch.dtype, device: torch.device) -> dict[str, Any]
 
     def drawn(argument: str, name: str, value: Any) -> Any:
         if isinstance(value, torch.Size):
-            if name == "counter":
+            if name in ("counter", "time_rows"):
                 return torch.zeros(value, dtype=torch.int32, device=device)
             x = torch.randn(value, generator=generator, device=device)
             if name in ("w", "weights", "norm_w"):

@@ -78,7 +78,7 @@ class Call:
 
     def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
         """What an argument, or the "result", is held in where the nets run in dtype."""
-        if name == "counter":
+        if name in ("counter", "time_rows"):
             return torch.int32
         fp32 = {"step_input": name in ("state", "weights"), "sampler_step": name != "out"}
         return torch.float32 if fp32.get(self.op, False) else dtype

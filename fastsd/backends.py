@@ -143,5 +143,6 @@ def sampler_step(
         return REFERENCE.sampler_step(state, out, noise, row, new)
     table, counter = row.update, row.counter
     if counter is None:
-        table, counter = table[None].contiguous(), torch.zeros(3, dtype=torch.int32, device=state.device)
+        table = table[None].contiguous()
+        counter = torch.zeros(2 + state.shape[1], dtype=torch.int32, device=state.device)
     return kernel.sampler_step(state, out, noise, table, row.guidance, counter, new, config)

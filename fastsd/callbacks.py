@@ -1,26 +1,32 @@
 """What a caller's function sees after each step, and what it may change."""
 
-from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fastsd.denoise import AfterStep
 from fastsd.errors import ParameterError
 from fastsd.request import StepCallback
-from fastsd.sampling import Table
+from fastsd.sampling import NoiseSchedule
+from fastsd.walks import Walk
 from fastsd.wording import quoted
 
 
-def after_step(callback: StepCallback | None, pipe: Any, table: Table) -> Callable[[int, Tensor], None] | None:
+def after_step(callback: StepCallback | None, pipe: Any, walk: Walk, schedule: NoiseSchedule) -> AfterStep | None:
     """The caller's callback_on_step_end as `Denoiser.run` takes it. ParameterError where it answers with what is no latents."""
     if callback is None:
         return None
+    table, denoised = walk.table, Denoised(walk, schedule)
 
-    def call(step: int, latents: Tensor) -> None:
-        """latents [B, H, W, C]: a view of the state, overwritten by what the callback returns instead."""
-        seen = latents.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
-        values: dict[str, Any] = {"latents": seen, "num_steps": len(table)}
+    def call(step: int, state: Tensor, noise: Tensor) -> None:
+        """state [SLOTS, B, H, W, C]: a view; its latents are overwritten by what the callback returns instead."""
+        latents, estimate = state[0], denoised.after(step, state, noise)
+        seen, estimated = (
+            x.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format) for x in (latents, estimate)
+        )
+        values: dict[str, Any] = {"latents": seen, "denoised": estimated, "num_steps": len(table)}
         answer = callback(pipe, step, float(table.timesteps[step]), values)
         if not isinstance(answer, dict | None):
             raise ParameterError(f"callback_on_step_end: must return a dict or None, not {quoted(answer)}")
@@ -32,5 +38,46 @@ def after_step(callback: StepCallback | None, pipe: Any, table: Table) -> Callab
                     f"callback_on_step_end: the latents it returns must be {wanted}, not {quoted(replaced)}"
                 )
             latents.copy_(replaced.to(latents.device, torch.float32).permute(0, 2, 3, 1))
+        denoised.go_on(state)
 
     return call
+
+
+class Denoised:
+    """The UNet's guided estimates of x_0 in a walk, of each call the one that k-diffusion calls "denoised".
+
+    The step keeps no output of the UNet, but as it is linear in it, the states before and after tell what it was.
+    """
+
+    def __init__(self, walk: Walk, schedule: NoiseSchedule) -> None:
+        self.table, self.kept = walk.table, walk.kept
+        self.prediction_type = schedule.prediction_type
+        levels = walk.table.noise_levels(schedule)[:-1]
+        self.shares = levels / np.linalg.norm(levels, axis=1, keepdims=True)  # [n, 2]: (sqrt(ᾱ), sqrt(1 − ᾱ))
+        self.state = walk.latents.new_zeros(walk.table.state_size, *walk.latents.shape)
+        self.state[0] = walk.latents * walk.table.initial_scale
+
+    def after(self, step: int, state: Tensor, noise: Tensor) -> Tensor:
+        """state after this step, noise that it added → the estimate [B, H, W, C]."""
+        slots = self.table.state_size
+        update = self.table.update[step]
+        slot = int(abs(update[:, slots]).argmax())  # where the output shows best
+        *old, of_output, of_noise = update[slot].tolist()
+        output = (state[slot] - _sum(old, self.state) - of_noise * noise) / of_output
+        x = _sum(self.table.model_input[step].tolist(), self.state)  # what the UNet saw
+        signal, rest = self.shares[step].tolist()
+        if self.prediction_type == "epsilon":
+            estimate = (x - rest * output) / signal
+        elif self.prediction_type == "v_prediction":
+            estimate = signal * x - rest * output
+        else:
+            estimate = output
+        return estimate if self.kept is None else torch.lerp(self.kept.image, estimate, self.kept.mask)
+
+    def go_on(self, state: Tensor) -> None:
+        """The next step begins with this state."""
+        self.state.copy_(state[: len(self.state)])
+
+
+def _sum(weights: list[float], state: Tensor) -> Tensor:
+    return torch.tensordot(state.new_tensor(weights), state, 1)

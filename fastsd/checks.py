@@ -5,7 +5,7 @@ Messages are one line: the argument's name, a colon, what is wrong, what would b
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,15 @@ from torch import Tensor
 from fastsd.errors import ParameterError
 from fastsd.wording import quoted
 
+T = TypeVar("T")
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def present(value: T | None) -> T:
+    """The value, where the way of the data says that it is there by now."""
+    assert value is not None
+    return value
 
 
 def integer(name: str, value: Any, low: int, high: int | None) -> int:
@@ -52,6 +60,13 @@ def text_or_none(name: str, value: Any) -> str | None:
     """value if it is a string or None."""
     if value is not None and not isinstance(value, str):
         raise ParameterError(f"{name}: must be a string, not {quoted(value)}")
+    return value
+
+
+def flag_or_none(name: str, value: Any) -> bool | None:
+    """value if it is True, False or None."""
+    if value is not None and not isinstance(value, bool):
+        raise ParameterError(f"{name}: must be True, False or None, not {quoted(value)}")
     return value
 
 

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastsd import cli_options as options
+from fastsd.cli_adapters import by_name, load_adapters, tagged, weighted, weights_of
+from fastsd.cli_preview import check_preview, with_preview
 from fastsd.cli_program import app, one_line
 from fastsd.errors import ImageError, ParameterError, PromptError
 from fastsd.metadata import check_output_path, save_image
 from fastsd.progress import progress
+from fastsd.prompt_tags import Tagged, take_tags, with_prompt, without_tags
 
 # What is slow to import (torch and what needs it) is imported inside the commands: help and usage errors do without.
 if TYPE_CHECKING:
@@ -44,9 +47,13 @@ def generate(
     batch: options.Batch = 1,
     sampling_method: options.SamplingMethod = None,
     scheduler: options.Scheduler = None,
+    timesteps: options.Timesteps = None,
+    sigmas: options.Sigmas = None,
+    guidance_rescale: options.GuidanceRescale = 0.0,
     clip_skip: options.ClipSkip = 1,
     eta: options.Eta = None,
     lora: options.Lora = None,
+    lora_dir: options.LoraDir = None,
     embedding: options.Embedding = None,
     init_image: options.InitImage = None,
     strength: options.Strength = None,
@@ -60,12 +67,22 @@ def generate(
     hires_upscaler: options.HiresUpscaler = None,
     variation_seed: options.VariationSeed = None,
     variation_strength: options.VariationStrength = None,
+    rng: options.Rng = "cpu",
+    step_noise: options.StepNoise = "independent",
+    tiling: options.Tiling = None,
+    vae_tiling: options.VaeTiling = None,
+    preview: options.Preview = None,
+    preview_every: options.PreviewEvery = None,
+    taesd: options.Taesd = None,
     output: options.Output = Path("out.png"),
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     backend: options.Backend = "auto",
     variant: options.Variant = None,
     revision: options.Revision = None,
+    vae: options.Vae = None,
+    use_ema: options.UseEma = False,
+    prediction_type: options.PredictionType = None,
     allow_pickle: options.AllowPickle = False,
     debug: options.Debug = False,
     quiet: options.Quiet = False,
@@ -78,16 +95,29 @@ def generate(
         "mask_blur": mask_blur,
         "padding_mask_crop": only_masked,
         "paste_back": paste_back or None,
+        "timesteps": _numbers("timesteps", timesteps),
+        "sigmas": _numbers("sigmas", sigmas),
+        "guidance_rescale": guidance_rescale or None,
         "hires_scale": hires_scale,
         "hires_steps": hires_steps,
         "hires_strength": hires_strength,
         "hires_upscaler": hires_upscaler,
         "variation_seed": variation_seed,
         "variation_strength": variation_strength,
+        "tiling": True if tiling == "both" else tiling,
+        "vae_tiling": vae_tiling,
+        "rng": rng,
+        "step_noise": step_noise,
     }
     paths = _output_paths(output, batch)
-    text = _read_prompt(prompt)
-    adapters = [_weighted(given) for given in lora or ()]
+    check_preview(preview, preview_every, taesd)
+    prompt = _read_prompt(prompt)
+    tags = take_tags(prompt) if prompt_style == "a1111" else Tagged(prompt, [], [])
+    loras = [*map(weighted, lora or ()), *tagged(tags.loras, lora_dir or [])]
+    for name in tags.hypernets:
+        typer.echo(f"fastsd: warning: {one_line(name)}: fastsd runs no hypernetworks; left out", err=True)
+    if tags.hypernets:
+        prompt = without_tags(prompt, "hypernet")  # nor is it said of the picture
     pipe = load_pipeline(
         model,
         device=device,
@@ -96,15 +126,14 @@ def generate(
         variant=variant,
         revision=revision,
         allow_pickle=allow_pickle,
+        vae=vae,
+        use_ema=use_ema,
+        prediction_type=prediction_type,
     )
-    for path in embedding or ():
-        pipe.load_textual_inversion(path, allow_pickle=allow_pickle)
-    if adapters:
-        names = [pipe.load_lora_weights(path, allow_pickle=allow_pickle) for path, _ in adapters]
-        pipe.set_adapters(names, [weight for _, weight in adapters])
+    load_adapters(pipe, loras, dict.fromkeys(embedding or ()), allow_pickle)
     with progress(quiet) as on_step:
         result = pipe.generate(
-            text,
+            tags.text,
             negative_prompt=negative_prompt,
             prompt_style=prompt_style,
             height=height,
@@ -117,12 +146,12 @@ def generate(
             sampler=sampling_method,
             schedule=scheduler,
             clip_skip=None if clip_skip == 1 else clip_skip - 1,  # the library counts as diffusers does
-            callback_on_step_end=on_step,
+            callback_on_step_end=with_preview(on_step, pipe, preview, preview_every, taesd),
             **{name: value for name, value in asked.items() if value is not None},  # else the library's defaults
         )
     for warning in result.warnings:
         typer.echo(f"fastsd: warning: {one_line(warning)}", err=True)
-    _save(result, paths)
+    _save(result, paths, tags.text, prompt)
     if not quiet:
         typer.echo(", ".join(f"{stage} {ms:.0f} ms" for stage, ms in result.timings.items()), err=True)
 
@@ -138,12 +167,13 @@ def replay(
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     backend: options.Backend = "auto",
+    allow_pickle: options.AllowPickle = False,
     debug: options.Debug = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Draw a picture again by what its file says, and name all that could not be found. Prints the file's path and seed."""
     from fastsd.pipeline import BUNDLED
-    from fastsd.replay import find_hashed, read_parameters, read_replay
+    from fastsd.replay import find_adapters, find_hashed, read_parameters, read_replay
 
     paths = _output_paths(output, 1)
     asked = read_replay(read_parameters(image))
@@ -155,22 +185,22 @@ def replay(
                 f"model: the picture was made with {made_with}; give it, or a folder of it to --look-in"
             )
         model = str(found["model"])
-    lost = [f"{name} ({value}) was not found" for name, value in asked.hashes.items() if name not in found]
-    lost += [f"{name}: fastsd replay does not load it" for name in found if name != "model"]
-    pipe = load_pipeline(model, device=device, dtype=dtype, backend=backend)
+    loras, words, lost = find_adapters(asked, found, by_name(look_in or []))
+    pipe = load_pipeline(model, device=device, dtype=dtype, backend=backend, allow_pickle=allow_pickle)
+    load_adapters(pipe, [(str(path), weights_of(tag)) for tag, path in loras], words, allow_pickle)
     with progress(quiet) as on_step:
         result = pipe.generate(**asked.arguments, callback_on_step_end=on_step)
     for line in [*lost, *asked.lost, *result.warnings]:
         typer.echo(f"fastsd: warning: {one_line(line)}", err=True)
-    _save(result, paths)
+    _save(result, paths, asked.arguments["prompt"], asked.prompt)
 
 
-def _save(result: "Result", paths: list[Path]) -> None:
-    """The images into their files, each told with its seed."""
+def _save(result: "Result", paths: list[Path], text: str, prompt: str) -> None:
+    """The images into their files, each told with its seed. text: what `take_tags` left of the prompt, and was drawn."""
     for image, path, image_seed, parameters in zip(
         result.images, paths, result.seeds or [], result.parameters, strict=True
     ):
-        save_image(image, path, parameters)
+        save_image(image, path, with_prompt(parameters, text, prompt))
         typer.echo(f"{one_line(str(path))}\tseed {image_seed}")
 
 
@@ -186,13 +216,11 @@ def _output_paths(output: Path, batch: int) -> list[Path]:
     return paths
 
 
-def _weighted(given: str) -> tuple[str, float]:
-    """PATH[:WEIGHT]; what is no number after the last colon belongs to the path."""
-    path, _, weight = given.rpartition(":")
+def _numbers(name: str, given: str | None) -> list[float] | None:
     try:
-        return (path, float(weight)) if path else (given, 1.0)
-    except ValueError:
-        return given, 1.0
+        return None if given is None else [float(number) for number in given.split(",")]
+    except ValueError as error:
+        raise ParameterError(f"{name}: {one_line(given or '')!r} must be numbers with commas between") from error
 
 
 def _read_prompt(prompt: str) -> str:

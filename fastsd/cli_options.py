@@ -1,7 +1,7 @@
 """The options of `fastsd generate`, in the order of its help."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -32,6 +32,13 @@ SamplingMethod = Annotated[
 Scheduler = Annotated[
     str | None, typer.Option(help="The spacing of the steps, e.g. karras.", show_default="the sampler's")
 ]
+Timesteps = Annotated[
+    str | None, typer.Option(metavar="T,T,…", help="The timesteps to take, falling, instead of --steps.")
+]
+Sigmas = Annotated[
+    str | None, typer.Option(metavar="S,S,…", help="The noise levels to take, falling, instead of --steps.")
+]
+GuidanceRescale = Annotated[float, typer.Option(help="How far to pull the contrast of guidance back, 0 to 1.")]
 ClipSkip = Annotated[
     int, typer.Option(min=1, help="The CLIP layer to stop at, from the end: 2 is the one before the last.")
 ]
@@ -42,6 +49,12 @@ Lora = Annotated[
     list[str] | None,
     typer.Option(
         metavar="PATH[:WEIGHT]", help="A LoRA, LoHa or LoKr to merge, at weight 1 if none is said; again for more."
+    ),
+]
+LoraDir = Annotated[
+    list[Path] | None,
+    typer.Option(
+        envvar="FASTSD_LORA_DIR", help="Where the files lie that <lora:name:0.8> in the prompt means. Again for more."
     ),
 ]
 Embedding = Annotated[
@@ -72,12 +85,45 @@ VariationSeed = Annotated[
 VariationStrength = Annotated[
     float | None, typer.Option(help="How far to turn to it, 0 to 1; all images then share --seed.")
 ]
+Rng = Annotated[str, typer.Option(help="Whose noise a seed stands for: cpu; gpu is CUDA's and the web UI's.")]
+StepNoise = Annotated[
+    str, typer.Option(help="Noise of the SDE samplers' steps: independent, or brownian as in web UIs.")
+]
+Tiling = Annotated[
+    Literal["x", "y", "both"] | None,
+    typer.Option(help="Opposite edges that shall meet, left and right (x) or top and bottom: the picture tiles."),
+]
+VaeTiling = Annotated[
+    bool | None,
+    typer.Option(
+        "--vae-tiling/--no-vae-tiling",
+        help="Take large pictures through the VAE in tiles.",
+        show_default="after running out of memory",
+    ),
+]
+Preview = Annotated[Path | None, typer.Option(help="Show here what is being drawn: a file that is written anew.")]
+PreviewEvery = Annotated[int | None, typer.Option(min=1, help="Steps from one preview to the next.", show_default="5")]
+Taesd = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="TAESD's decoder, for finer previews.", show_default="a linear map of the latents"
+    ),
+]
 Output = Annotated[Path, typer.Option("--output", "-o", help="A .png, .jpg or .webp file.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 Backend = Annotated[str, typer.Option(help="auto, reference (plain PyTorch), or one that `fastsd info` lists.")]
 Variant = Annotated[str | None, typer.Option(help="Which weight files of the model, e.g. fp16.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
+Vae = Annotated[
+    str | None,
+    typer.Option(help="Another autoencoder: a folder, a single file or a Hub id.", show_default="the model's"),
+]
+UseEma = Annotated[bool, typer.Option("--use-ema", help="Of a single file take the averaged UNet.")]
+PredictionType = Annotated[
+    str | None,
+    typer.Option(help="epsilon or v_prediction.", show_default="what the checkpoint says, or is taken for"),
+]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Also read .bin weights (never code).")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no timings.")]

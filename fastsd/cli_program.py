@@ -15,7 +15,8 @@ INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 # The library's names in error messages, as this program spells them.
 _SAME = """height width seed eta device dtype backend prompt_style strength mask_blur paste_back hires_scale hires_steps
-    hires_strength hires_upscaler variation_seed variation_strength prediction_type arch preset size batch steps"""
+    hires_strength hires_upscaler variation_seed variation_strength
+    prediction_type guidance_rescale timesteps sigmas arch preset size batch steps vae"""
 _OPTIONS = {
     "num_inference_steps": "--steps",
     "guidance_scale": "--cfg-scale",

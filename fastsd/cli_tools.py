@@ -55,7 +55,7 @@ def verify(
     steps: Annotated[int, typer.Option(help="Sampling steps, each of them compared.")] = 4,
     precise: Annotated[bool, typer.Option("--precise", help="Compute the reference in fp64 instead of fp32.")] = False,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to draw.")] = "a red circle",
-    seed: Annotated[int, typer.Option("--seed", "-s")] = 0,
+    seed: Annotated[int, typer.Option("--seed", "-s", help="Of the noise that both begin with.")] = 0,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     backend: Annotated[str, typer.Option(help="auto, or one that `fastsd info` lists.")] = "auto",

@@ -47,7 +47,7 @@ STEPS = (1, 8, 16, 20, 25, 28, 30, 32, 40, 50, 64, 100)
 """Lengths of a schedule: the time projections are of all its steps at once. Others mostly share the kernels of these."""
 
 PACKAGE = Path(__file__).parent
-SOURCES = ("kernels/*.py", "kernels/configs/*.json", "models/*.py", "denoise.py", "launches.py")
+SOURCES = ("kernels/*.py", "kernels/configs/*.json", "models/*.py", "denoise.py", "walks.py", "launches.py")
 """What decides, beside a model's configs, which kernels it launches, and their code."""
 
 FRESH = """

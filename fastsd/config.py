@@ -12,6 +12,9 @@ from fastsd.errors import CheckpointError
 from fastsd.json_reader import LARGEST_INTEGER, JsonReader, integer_span, is_integer
 from fastsd.wording import quoted
 
+MAX_LEVELS = 8
+"""Most levels of a net; Stable Diffusion's have 4, the largest autoencoders 6."""
+
 MAX_DEPTH = 64
 """Most layers in a stack, or blocks a level; the deepest model in use has 32."""
 
@@ -139,6 +142,11 @@ class VAEConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
     @property
+    def variational(self) -> bool:
+        """Whether an image has a distribution of latents, to draw from; else it has just one."""
+        return True
+
+    @property
     def coded_channels(self) -> int:
         """Channels between the quant convs and the nets: z_channels, in full."""
         return self.latent_channels if self.z_channels is None else self.z_channels
@@ -171,10 +179,14 @@ class VQConfig(VAEConfig):
     scaling_factor: float = 1.0
     num_vq_embeddings: int = 8192  # entries of the codebook, each as wide as latent_channels
 
+    @property
+    def variational(self) -> bool:
+        return False
+
     @classmethod
     def from_json(cls, json: Mapping[str, Any]) -> "VQConfig":
         """From diffusers' VQModel config.json, whose vq_embed_dim are the latents' channels; CheckpointError likewise."""
-        read = JsonReader(json, "vqvae/config.json", nullable=("vq_embed_dim",))
+        read = JsonReader(json, "vae/config.json", nullable=("vq_embed_dim",))
         read.require(_VQ_FIXED, _NOT_RUN)
         norm = json.get("norm_type", "group")
         if norm != "group":
@@ -182,6 +194,11 @@ class VQConfig(VAEConfig):
             raise read.error("norm_type", f"must be group{movq}")
         settings = _autoencoder(read, "vq_embed_dim", read.integer("latent_channels", 3))
         return cls(**settings, num_vq_embeddings=read.integer("num_vq_embeddings", 256))
+
+
+def autoencoder_config(json: Mapping[str, Any]) -> VAEConfig:
+    """From diffusers' config.json of a VQModel or, by default, an AutoencoderKL; CheckpointError likewise."""
+    return (VQConfig if json.get("_class_name") == "VQModel" else VAEConfig).from_json(json)
 
 
 @dataclass(frozen=True)
@@ -197,7 +214,7 @@ class ModelConfig:
         cls, text_encoder: Mapping[str, Any], unet: Mapping[str, Any], vae: Mapping[str, Any]
     ) -> "ModelConfig":
         """From the three config.json of a diffusers folder."""
-        return cls(CLIPConfig.from_json(text_encoder), UNetConfig.from_json(unet), VAEConfig.from_json(vae))
+        return cls(CLIPConfig.from_json(text_encoder), UNetConfig.from_json(unet), autoencoder_config(vae))
 
     def __post_init__(self) -> None:
         context, hidden = self.unet.cross_attention_dim, self.text_encoder.hidden_size
@@ -343,8 +360,8 @@ def _per_level(read: JsonReader, key: str, default: int, levels: int, high: int)
 def _channels(read: JsonReader, default: tuple[int, ...]) -> tuple[int, ...]:
     """block_out_channels: one a level, each a multiple of norm_num_groups."""
     value = read.json.get("block_out_channels", default)
-    if not isinstance(value, list | tuple) or not 1 <= len(value) <= 8:
-        raise read.error("block_out_channels", "must be a list of 1 to 8 channel counts")
+    if not isinstance(value, list | tuple) or not 1 <= len(value) <= MAX_LEVELS:
+        raise read.error("block_out_channels", f"must be a list of 1 to {MAX_LEVELS} channel counts")
     groups = read.integer("norm_num_groups", 32)
     if not all(is_integer(v, 1, LARGEST_INTEGER) and v % groups == 0 for v in value):
         raise read.error("block_out_channels", f"must be positive multiples of norm_num_groups = {groups}")

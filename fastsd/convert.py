@@ -20,23 +20,17 @@ from torch import Tensor, nn
 
 from fastsd.checkpoints import ldm_keys
 from fastsd.checkpoints.file_bytes import read_capped
+from fastsd.checkpoints.file_parts import CONFIG_KEY, CONFIGS, TOKENIZER_FILES, VOCABULARY_FILES
 from fastsd.checkpoints.folder import CONFIG_FILES, ModelFolder
 from fastsd.checkpoints.opening import open_model
-from fastsd.checkpoints.single_file import (
-    CLIP_VOCABULARY,
-    CONFIG_KEY,
-    CONFIGS,
-    TOKENIZER_FILES,
-    VOCABULARY_FILES,
-    SingleFile,
-)
+from fastsd.checkpoints.single_file import CLIP_VOCABULARY, SingleFile
 from fastsd.checkpoints.strict_json import read_json
 from fastsd.checkpoints.weights import read_state
 from fastsd.config import ModelConfig
 from fastsd.errors import CheckpointError, ParameterError
 from fastsd.models.clip import CLIPText
 from fastsd.models.unet import UNet
-from fastsd.models.vae import VAE
+from fastsd.models.vq import autoencoder
 from fastsd.wording import quoted, shown
 
 SUFFIX = ".safetensors"
@@ -66,7 +60,11 @@ def convert(source: str | Path, target: str | Path, *, force: bool = False, **op
     _check_target(target, isinstance(model, ModelFolder), force)
     config = ModelConfig.from_json(model.text_encoder, model.unet, model.vae)
     with torch.device("meta"):
-        nets = {"unet": UNet(config.unet), "vae": VAE(config.vae), "text_encoder": CLIPText(config.text_encoder)}
+        nets: dict[str, nn.Module] = {
+            "unet": UNet(config.unet),
+            "vae": autoencoder(config.vae),
+            "text_encoder": CLIPText(config.text_encoder),
+        }
     with _written(target) as temporary:
         if isinstance(model, ModelFolder):
             _write_file(model, config, nets, temporary)
@@ -153,7 +151,8 @@ def _write_file(model: ModelFolder, config: ModelConfig, nets: dict[str, nn.Modu
                     f"{component}: {name} has no name in LDM keys; this architecture cannot be converted"
                 )
             # LDM's autoencoder computes its attention with 1×1 convolutions
-            state[ldm_name] = tensor[:, :, None, None] if component == "vae" and tensor.ndim == 2 else tensor
+            convolution = component == "vae" and ".attn" in ldm_name and tensor.ndim == 2
+            state[ldm_name] = tensor[:, :, None, None] if convolution else tensor
     configs: dict[str, Any] = {name: getattr(model, name) for name in CONFIGS}
     stored = configs | {"tokenizer": _tokenizer_files(model.tokenizer)}
     # one key alone: safetensors writes several in any order, and the same model should give the same file
@@ -209,7 +208,7 @@ def _model_index(model: SingleFile) -> dict[str, Any]:
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
+        "vae": ["diffusers", model.vae.get("_class_name", "AutoencoderKL")],
     }
 
 

@@ -1,164 +1,82 @@
 """The loop of every sampler: noise → latents. Once a prompt, once a schedule; then n equal steps on fixed buffers.
 
-A step reads all that differs between samplers, step counts, prompts, guidance and seeds from its buffers: the row of each table
-at a counter that lies on the device too. So one captured step serves every one of them, and no host takes part in it.
+One captured step serves every sampler, schedule, prompt, seed and guidance scale, no host takes part in it, and walks of any
+kind go side by side: the shorter ones leave when they are done.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastsd.checks import present
+from fastsd.device import is_out_of_memory
 from fastsd.graph import Graphs
-from fastsd.models.unet import KeyValue, UNet
-from fastsd.noise import NoiseSource
+from fastsd.models.unet import UNet
 from fastsd.ops import Ops, StepRow
-from fastsd.sampling import Table
+from fastsd.seamless import seamless
+from fastsd.walks import Buffers, Kept, Span, Walk
 
-SLOTS = 5
-"""Latents of the longest state (PLMS, LMS and UniPC keep 4), and one to spare. A table of fewer is filled up with zeros."""
 ROWS = 1024
-"""Rows of a captured step's tables: more than a schedule of 1000 timesteps has. Longer ones run eagerly."""
+"""Rows of a captured step's tables: more than a schedule of 1000 timesteps has. Where walks of different schedules have more
+together, they run eagerly."""
+
+AfterStep = Callable[[int, Tensor, Tensor], None]
+"""Called with a step's index, the state [SLOTS, B, H, W, C] after it, a view whose latents, slot 0, it may write to, and the
+unit noise that the step added, if it added some."""
 
 
-class Kept(NamedTuple):
-    """What a walk keeps of an image while it paints the rest."""
+def advance(unet: UNet, ops: Ops, buffers: Buffers, copies: int, pieces: int = 1) -> None:
+    """One step, in place: the UNet on what the tables show it of the state, guidance, the tables' row, what is kept.
 
-    mask: Tensor
-    """[B, H, W, 1] fp32: 1 where the walk paints, 0 where the image stays."""
-    image: Tensor
-    """[B, H, W, C] fp32 latents."""
-    noise: Tensor
-    """[B, H, W, C] fp32, what the image is noised with, the same at every level."""
-    levels: Tensor
-    """[n+1, 2] fp32: (image's share, noise's share) in the latents before each step and after the last, (1, 0)."""
-
-
-class Walk(NamedTuple):
-    """One request, ready for the loop. B images; U = B rows of the UNet, or with guidance 2B: unconditional, conditional."""
-
-    keys: Sequence[KeyValue]
-    """Each cross-attention's (k, v), [U, L, N, D]."""
-    time_bias: Tensor
-    """[n, T] in the UNet's dtype: a row a step."""
-    table: Table
-    guidance: float
-    rescale: float
-    noise: NoiseSource
-    latents: Tensor
-    """[B, H, W, C] fp32, what the table's initial scale makes the first state of: unit noise, if it is a whole walk."""
-    kept: Kept | None = None
-    condition: Tensor | None = None
-    """[B, H, W, E], what an inpainting UNet sees beside the latents: the mask and the latents of what is outside it."""
-
-    @property
-    def guided(self) -> bool:
-        return len(self.keys[0][0]) == 2 * len(self.latents)
-
-
-@dataclass
-class Buffers:
-    """What a step reads and writes, always at the same addresses."""
-
-    state: Tensor
-    """[SLOTS, B, H, W, C] fp32"""
-    noise: Tensor
-    """[B, H, W, C] fp32, fresh before each step that adds some, else finite"""
-    keys: list[KeyValue]
-    time_bias: Tensor
-    """[rows, T]"""
-    model_input: Tensor
-    """[rows, SLOTS] fp32: what the UNet sees of the state"""
-    update: Tensor
-    """[rows, SLOTS, SLOTS+2] fp32"""
-    guidance: Tensor
-    """[B] fp32"""
-    rescale: Tensor | None
-    """[B] fp32"""
-    counter: Tensor
-    """[3] int32: see `StepRow.counter`"""
-    kept: Kept | None
-    """Its levels for rows + 1 steps."""
-    condition: Tensor | None
-    """[U, H, W, E] in the UNet's dtype"""
-
-    @classmethod
-    def allocate(cls, walk: Walk, rows: int) -> "Buffers":
-        """For walks of this shape, of up to so many steps; all zeros."""
-        x, time_bias = walk.latents, walk.time_bias
-        batch = len(x)
-
-        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=x.device)
-
-        return cls(
-            state=zeros(SLOTS, *x.shape),
-            noise=torch.zeros_like(x),
-            keys=[(torch.zeros_like(k), torch.zeros_like(v)) for k, v in walk.keys],
-            time_bias=zeros(rows, time_bias.shape[1], dtype=time_bias.dtype),
-            model_input=zeros(rows, SLOTS),
-            update=zeros(rows, SLOTS, SLOTS + 2),
-            guidance=zeros(batch),
-            rescale=zeros(batch) if walk.rescale else None,
-            counter=zeros(3, dtype=torch.int32),
-            kept=None
-            if walk.kept is None
-            else Kept(zeros(*x.shape[:3], 1), torch.zeros_like(x), torch.zeros_like(x), zeros(rows + 1, 2)),
-            condition=None
-            if walk.condition is None
-            else zeros(len(walk.keys[0][0]), *walk.condition.shape[1:], dtype=time_bias.dtype),
-        )
-
-    def load(self, walk: Walk) -> None:
-        """Begin a walk: every buffer set, whatever the last one left."""
-        n, slots = walk.table.model_input.shape
-        model_input, update = torch.from_numpy(walk.table.model_input), torch.from_numpy(walk.table.update)
-        wide_input, wide_update = model_input.new_zeros(n, SLOTS), update.new_zeros(n, SLOTS, SLOTS + 2)
-        wide_input[:, :slots] = model_input
-        wide_update[:, :slots, :slots] = update[:, :, :slots]
-        wide_update[:, :slots, SLOTS:] = update[:, :, slots:]
-        self.model_input[:n].copy_(wide_input)
-        self.update[:n].copy_(wide_update)
-        self.time_bias[:n].copy_(walk.time_bias)
-        for mine, given in zip(self.keys, walk.keys, strict=True):
-            for buffer, tensor in zip(mine, given, strict=True):
-                buffer.copy_(tensor)
-        self.state.zero_()
-        self.state[0].copy_(walk.latents).mul_(walk.table.initial_scale)
-        self.noise.zero_()
-        self.guidance.fill_(walk.guidance)
-        if self.rescale is not None:
-            self.rescale.fill_(walk.rescale)
-        self.counter.zero_()
-        self.counter[1] = n
-        if self.kept is not None and walk.kept is not None:
-            for buffer, tensor in zip(self.kept[:3], walk.kept[:3], strict=True):
-                buffer.copy_(tensor)
-            self.kept.levels[: n + 1].copy_(walk.kept.levels)
-        if self.condition is not None and walk.condition is not None:
-            self.condition.view(-1, *walk.condition.shape).copy_(walk.condition)
-
-
-def advance(unet: UNet, ops: Ops, buffers: Buffers, guided: bool) -> None:
-    """One step, in place: the UNet on what the table shows it of the state, guidance, the table's row, what is kept."""
+    pieces: how many the UNet's batch is cut into, for less memory.
+    """
     b = buffers
-    x, time_bias = ops.step_input(b.state, b.model_input, b.time_bias, b.counter, 2 if guided else 1)
+    x, time_bias = ops.step_input(b.state, b.model_input, b.time_bias, b.time_rows, b.counter, copies)
     x = x if b.condition is None else torch.cat([x, b.condition], dim=-1)
-    out = unet(x, time_bias.expand(len(x), -1), b.keys)
-    table = b.update[:, None].expand(-1, len(b.noise), -1, -1)  # [rows, B, SLOTS, SLOTS+2]
-    ops.sampler_step(b.state, out, b.noise, StepRow(table, b.guidance, b.rescale, b.counter), new=b.state)
+    if pieces == 1:
+        out = unet(x, time_bias, b.keys)
+    else:
+        size = -(-len(x) // pieces)
+        parts = [slice(start, start + size) for start in range(0, len(x), size)]
+        out = torch.cat([unet(x[part], time_bias[part], [(k[part], v[part]) for k, v in b.keys]) for part in parts])
+    ops.sampler_step(b.state, out, b.noise, StepRow(b.update, b.guidance, b.rescale, b.counter), new=b.state)
     if b.kept is not None:
         restore(b.state[0], b.kept, b.counter)
 
 
 def restore(latents: Tensor, kept: Kept, counter: Tensor) -> None:
     """Outside the mask the latents [B, H, W, C] become the image, noised as before the counter's step; in place."""
-    level = kept.levels.index_select(0, counter[:1])  # [1, 2]
-    noised = level[:, 0] * kept.image + level[:, 1] * kept.noise
+    share, rest = kept.levels.index_select(0, counter[:1])[0].view(-1, 1, 1, 1, 2).unbind(-1)
+    noised = share * kept.image + rest * kept.noise
     latents.copy_(torch.lerp(noised, latents, kept.mask))
+
+
+@dataclass
+class Eager:
+    """A step that is not captured. Where memory ends, the UNet's batch is cut in half, and stays so."""
+
+    unet: UNet
+    ops: Ops
+    buffers: Buffers
+    copies: int
+    degraded: list[str] | None
+    pieces: int = 1
+
+    def __call__(self) -> None:
+        rows = self.copies * self.buffers.state.shape[1]
+        while True:
+            try:
+                return advance(self.unet, self.ops, self.buffers, self.copies, self.pieces)
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or self.pieces >= rows:
+                    raise
+            # Out here the failed step's tensors are free. The state is as before it: it is written to last.
+            self.pieces = min(2 * self.pieces, rows)
+            if self.degraded is not None:
+                self.degraded.append(f"unet: {rows} rows in {self.pieces} pieces, after running out of memory")
 
 
 class Denoiser:
@@ -169,40 +87,92 @@ class Denoiser:
         self.ops = ops
         self.graphs = graphs
 
-    def run(self, walk: Walk, after_step: Callable[[int, Tensor], None] | None = None) -> tuple[Tensor, int]:
-        """Latents [B, H, W, C] fp32, and after how many of the n steps all was still finite.
+    def run(
+        self,
+        walks: Sequence[Walk],
+        after_step: Sequence[AfterStep | None] | None = None,
+        degraded: list[str] | None = None,
+    ) -> list[tuple[Tensor, int]]:
+        """For each walk latents [B, H, W, C] fp32, and after how many of its steps all was still finite.
 
-        after_step: called with each step's index and the latents, a view it may write to.
+        Walks that can share the UNet's calls do; one whose latents are no longer finite is not gone on with.
+        after_step: one a walk. degraded: where a line goes if memory ran out, and the UNet's batch was cut.
         """
-        with self._step(walk) as (buffers, step):
-            buffers.load(walk)
-            _, height, width, channels = walk.latents.shape
-            for index in range(len(walk.table)):
-                if walk.table.needs_noise(index):
-                    buffers.noise.copy_(walk.noise.draw(height, width, channels, walk.latents.device))
+        hooks = after_step or [None] * len(walks)
+        groups: dict[Hashable, list[int]] = {}
+        for index, walk in enumerate(walks):
+            groups.setdefault(_alike(walk), []).append(index)
+        results: dict[int, tuple[Tensor, int]] = {}
+        for members in groups.values():
+            found = self._together([walks[i] for i in members], [hooks[i] for i in members], degraded)
+            results |= zip(members, found, strict=True)
+        return [results[index] for index in range(len(walks))]
+
+    def _together(
+        self, walks: Sequence[Walk], hooks: Sequence[AfterStep | None], degraded: list[str] | None
+    ) -> list[tuple[Tensor, int]]:
+        """Walks of one shape: all of them up to the end of the shortest, then the others up to the next one's, …."""
+        states: list[Tensor | None] = [None] * len(walks)
+        survived = [len(walk.table) for walk in walks]
+        begin = 0
+        while going := [i for i, walk in enumerate(walks) if begin < len(walk.table) == survived[i]]:
+            end = min(len(walks[i].table) for i in going)
+            span = Span([walks[i] for i in going], [states[i] for i in going], begin, end)
+            ended, bad = self._run(span, [hooks[i] for i in going], degraded)
+            for i, images in zip(going, span.images, strict=True):
+                states[i] = ended[:, images]
+                first = min(bad[images])
+                survived[i] = begin + first if first < end - begin else survived[i]
+            begin = end
+        return [(present(state)[0], count) for state, count in zip(states, survived, strict=True)]
+
+    def _run(
+        self, span: Span, hooks: Sequence[AfterStep | None], degraded: list[str] | None
+    ) -> tuple[Tensor, list[int]]:
+        """The state [SLOTS, B, H, W, C] after a span, and for each image how many of its steps were finite."""
+        with self._step(span, degraded) as (buffers, step):
+            buffers.load(span)
+            for index in range(span.begin, span.end):
+                for walk, images in zip(span.walks, span.images, strict=True):
+                    if walk.table.needs_noise(index):
+                        _, height, width, channels = walk.latents.shape
+                        buffers.noise[images] = walk.noise.draw(height, width, channels, walk.latents.device)
                 step()
-                if after_step is not None:
-                    after_step(index, buffers.state[0])
-            return buffers.state[0].clone(), int(buffers.counter[1])
+                for hook, images in zip(hooks, span.images, strict=True):
+                    if hook is not None:
+                        hook(index, buffers.state[:, images], buffers.noise[images])
+            return buffers.state.clone(), buffers.counter[2:].tolist()
 
     @contextmanager
-    def _step(self, walk: Walk) -> Iterator[tuple[Buffers, Callable[[], None]]]:
-        """Buffers for this walk, and what advances them."""
-        graphs = self.graphs if len(walk.table) <= ROWS else None
-        with nullcontext() if graphs is None else graphs.lease(_key(walk), lambda: self._make(walk)) as captured:
+    def _step(self, span: Span, degraded: list[str] | None) -> Iterator[tuple[Buffers, Callable[[], None]]]:
+        """Buffers for this span, and what advances them."""
+        graphs = self.graphs if span.rows <= ROWS else None
+        with nullcontext() if graphs is None else graphs.lease(_key(span), lambda: self._make(span)) as captured:
             if captured is not None:
                 yield captured.buffers, captured.replay
             else:
-                buffers = Buffers.allocate(walk, len(walk.table))
-                yield buffers, lambda: advance(self.unet, self.ops, buffers, walk.guided)
+                buffers = Buffers.allocate(span, span.rows)
+                yield buffers, Eager(self._net(span), self.ops, buffers, span.copies, degraded)
 
-    def _make(self, walk: Walk) -> tuple[Buffers, Callable[[], None]]:
-        buffers = Buffers.allocate(walk, ROWS)
-        buffers.load(walk)
-        return buffers, lambda: advance(self.unet, self.ops, buffers, walk.guided)
+    def _make(self, span: Span) -> tuple[Buffers, Callable[[], None]]:
+        buffers = Buffers.allocate(span, ROWS)
+        buffers.load(span)
+        unet = self._net(span)
+        return buffers, lambda: advance(unet, self.ops, buffers, span.copies)
+
+    def _net(self, span: Span) -> UNet:
+        return seamless(self.unet, span.walks[0].wrap)
 
 
-def _key(walk: Walk) -> tuple[object, ...]:
+def _alike(walk: Walk) -> Hashable:
+    """What walks must have in common to share the UNet's calls."""
+    return walk.latents.shape[1:], walk.copies, walk.keys[0][0].shape[1], walk.wrap
+
+
+def _key(span: Span) -> tuple[object, ...]:
     """What a captured step is made for."""
-    inpaints = walk.kept is not None, walk.condition is not None
-    return ("step", tuple(walk.latents.shape), walk.guided, walk.keys[0][0].shape[1], bool(walk.rescale), *inpaints)
+    walk = span.walks[0]
+    rescales, keeps = any(w.rescale > 0 for w in span.walks), any(w.kept is not None for w in span.walks)
+    shape = (span.batch, *walk.latents.shape[1:])
+    inpaints = walk.condition is not None
+    return ("step", shape, walk.copies, walk.keys[0][0].shape[1], rescales, keeps, inpaints, walk.wrap)

@@ -44,6 +44,13 @@ def select_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return chosen
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch found no memory: a torch.OutOfMemoryError, or the bare RuntimeError of the CPU's allocator."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    )
+
+
 @contextmanager
 def computing(device: torch.device, what: str) -> Iterator[None]:
     """For the body of every public method: no gradients, no autocast of the caller's, kernels launched on this GPU and no other,
@@ -55,8 +62,8 @@ def computing(device: torch.device, what: str) -> Iterator[None]:
         current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         with torch.no_grad(), torch.autocast(device.type, enabled=False), current:
             yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator raises a bare one
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
             raise
         raise OutOfMemoryError(
             f"{device} has not the memory for {what}; ask for fewer images at a time, or a smaller size"

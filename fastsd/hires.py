@@ -11,6 +11,7 @@ from fastsd.config import ModelConfig
 from fastsd.errors import ParameterError
 from fastsd.image_source import Source, resized
 from fastsd.images import MAX_PIXELS, to_pil
+from fastsd.ops import Wrap
 from fastsd.request import Request
 
 STRENGTH = 0.7
@@ -81,8 +82,23 @@ def enlarge(
     if latent:
         mode = "bilinear" if hires.upscaler == "latent" else "nearest"
         unit = request.height // latents.shape[1]
-        size = (hires.height // unit, hires.width // unit)
-        pictures = F.interpolate(latents.permute(0, 3, 1, 2), size, mode=mode).permute(0, 2, 3, 1)
+
+        def larger(x: Tensor, height: int, width: int) -> Tensor:
+            return F.interpolate(x.permute(0, 3, 1, 2), (height, width), mode=mode).permute(0, 2, 3, 1)
+
+        pictures = _enlarged(latents, hires.height // unit, hires.width // unit, request.wrap, larger)
     else:
-        pictures = resized(to_pil(decode(latents)), hires.height, hires.width)
+
+        def larger(x: Tensor, height: int, width: int) -> Tensor:
+            return resized(to_pil(x), height, width)
+
+        pictures = _enlarged(decode(latents), hires.height, hires.width, request.wrap, larger)
     return second, Source(pictures, latent, hires.height, hires.width, hires.strength)
+
+
+def _enlarged(x: Tensor, height: int, width: int, wrap: Wrap, larger: Callable[[Tensor, int, int], Tensor]) -> Tensor:
+    """What `larger` makes of x [B, H, W, C]; where edges meet, each has the opposite one's pixels for neighbours."""
+    across, down = (3 if meets else 1 for meets in wrap)
+    copies = larger(x.repeat(1, down, across, 1), down * height, across * width)
+    top, left = down // 2 * height, across // 2 * width
+    return copies[:, top : top + height, left : left + width]

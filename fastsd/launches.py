@@ -27,7 +27,7 @@ from fastsd.kernels.heads import stored_width
 from fastsd.kernels.launch import BUILD_ERRORS as BUILD_ERRORS
 from fastsd.kernels.launch import SHARED_MEMORY, Launch
 from fastsd.kernels.launch import arch_of as arch_of
-from fastsd.ops import REFERENCE, Ops, StepRow
+from fastsd.ops import REFERENCE, Ops, StepRow, Wrap
 from fastsd.tracing import around, replaced, signature
 
 
@@ -96,9 +96,12 @@ def plan_conv2d(
     b: Tensor | None = None,
     stride: int = 1,
     pad: Any = (0, 0, 0, 0),
+    *,
+    wrap: Wrap = (False, False),
     **epilogue: Any,
 ) -> list[Launch]:
-    return conv2d.plan_conv2d(x, conv2d.pack(w), stride, pad, conv2d.Epilogue(b, **epilogue), result, arch, config)
+    added = conv2d.Epilogue(b, **epilogue)
+    return conv2d.plan_conv2d(x, conv2d.pack(w), stride, pad, added, result, arch, config, wrap)
 
 
 def plan_conv2d_norm(
@@ -111,11 +114,19 @@ def plan_conv2d_norm(
 
 
 def plan_upsample_conv2d(
-    arch: int, config: Any, result: Tensor, /, x: Tensor, w: Tensor, b: Tensor, size: tuple[int, int] | None = None
+    arch: int,
+    config: Any,
+    result: Tensor,
+    /,
+    x: Tensor,
+    w: Tensor,
+    b: Tensor,
+    size: tuple[int, int] | None = None,
+    wrap: Wrap = (False, False),
 ) -> list[Launch]:
     twice = (2 * x.shape[1], 2 * x.shape[2])
     packed = (conv2d.pack_phases if size is None or tuple(size) == twice else conv2d.pack)(w)
-    return conv2d.plan_upsample_conv2d(x, packed, b, result, arch, config)
+    return conv2d.plan_upsample_conv2d(x, packed, b, result, arch, config, wrap)
 
 
 def plan_step_input(
@@ -126,10 +137,11 @@ def plan_step_input(
     state: Tensor,
     weights: Tensor,
     time_bias: Tensor,
+    time_rows: Tensor,
     counter: Tensor,
     copies: int = 1,
 ) -> list[Launch]:
-    return sampler_step.plan_step_input(state, weights, time_bias, counter, *result, config)
+    return sampler_step.plan_step_input(state, weights, time_bias, time_rows, counter, *result, config)
 
 
 def plan_sampler_step(
@@ -146,7 +158,7 @@ def plan_sampler_step(
     if row.rescale is not None:
         return []
     table = row.update if row.counter is not None else row.update[None].contiguous()
-    counter = torch.empty(3, dtype=torch.int32, device=state.device)
+    counter = torch.empty(2 + state.shape[1], dtype=torch.int32, device=state.device)
     return sampler_step.plan_sampler_step(state, out, noise, table, row.guidance, counter, result, config)
 
 

@@ -4,14 +4,21 @@ Rombach et al. 2022 (arXiv 2112.10752), table 8: kl-f4 to kl-f32 and vq-f4 to vq
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from fastsd.config import MAX_DEPTH, VAEConfig, VQConfig
+import yaml
+
+from fastsd.checkpoints.file_bytes import read_capped
+from fastsd.config import MAX_DEPTH, MAX_LEVELS, VAEConfig, VQConfig
+from fastsd.errors import CheckpointError, ParameterError
 from fastsd.json_reader import JsonReader, is_integer
+from fastsd.wording import quoted, shown
 
 GROUPS = 32  # of every GroupNorm, which no setting changes
-MAX_LEVELS = 8
 MAX_RESOLUTION = 1 << 16
+MAX_YAML_BYTES = 1 << 16  # the longest that was released has 5 kB
+MAX_NESTING = 32
 
 _NOT_RUN = "fastsd does not run this autoencoder"
 
@@ -22,6 +29,40 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "tanh_out": (False,),
     "use_linear_attn": (False,),
 }
+
+
+def read_original_config(original: str | Path | Mapping[str, Any]) -> VAEConfig:
+    """The config in latent diffusion's YAML, given by its path or as what it holds: of an autoencoder, or of a diffusion model
+    with its `first_stage_config` and `scale_factor`.
+
+    Raises CheckpointError if the file cannot be read or the autoencoder not be run, ParameterError for what is neither.
+    """
+    if isinstance(original, str | Path):
+        original = _read_yaml(Path(original))
+    if not isinstance(original, Mapping):
+        raise ParameterError(f"original_config: must be a path to a YAML file or a mapping, not {quoted(original)}")
+    params = _below(_below(original, "model"), "params")
+    first_stage = _below(_below(params, "first_stage_config"), "params")
+    return config_from_ldm(first_stage, params.get("scale_factor", 1.0) if first_stage is not params else 1.0)
+
+
+def _below(settings: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """What stands under a key, or the settings themselves where they begin further down."""
+    return settings[key] if isinstance(settings.get(key), Mapping) else settings
+
+
+def _read_yaml(path: Path) -> Any:
+    text = read_capped(path, shown(path.name), MAX_YAML_BYTES)
+    try:
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > MAX_NESTING:
+                # an alias repeats what an anchor named: a few of them stand for gigabytes
+                raise CheckpointError(f"{shown(path.name)}: YAML with aliases, or nested deeply, is refused")
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{shown(path.name)}: not valid YAML: {shown(' '.join(str(error).split()))}") from error
 
 
 def config_from_ldm(params: Mapping[str, Any], scaling_factor: float = 1.0) -> VAEConfig:

@@ -30,6 +30,9 @@ from fastsd.errors import ImageError, ParameterError
 
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
+RNG_LABELS = {"cpu": "CPU", "gpu": "NV"}
+"""Our names of what draws the noise, and the web UI's; its default, "GPU", draws the same as "NV"."""
+
 _NEGATIVE = "Negative prompt:"
 _MIN_SETTINGS = 3  # fewer `key: value` pairs on the last line, and it is part of the prompt: the web UI's rule
 
@@ -60,6 +63,13 @@ def _number(value: Any) -> float:
     return number
 
 
+def _tiling(value: Any) -> bool | str:
+    known: dict[str, bool | str] = {"True": True, "False": False, "x": "x", "y": "y"}
+    if str(value) not in known:
+        raise ValueError("True, False, x or y")
+    return known[str(value)]
+
+
 def _string(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError("a string")
@@ -82,12 +92,17 @@ _SETTINGS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
     ("denoising_strength", "Denoising strength", _number),
     ("mask_blur", "Mask blur", _number),
     ("padding", "Masked area padding", _whole),
+    ("tiling", "Tiling", _tiling),
     ("hires_scale", "Hires upscale", _number),
     ("hires_steps", "Hires steps", _whole),
     ("hires_upscaler", "Hires upscaler", _string),
     ("emphasis", "Emphasis", _string),
     ("eta", "Eta DDIM", _number),
     ("guidance_rescale", "CFG rescale", _number),
+    ("rng", "RNG", _string),
+    ("step_noise", "Step noise", _string),
+    ("lora_hashes", "Lora hashes", _string),
+    ("ti_hashes", "TI hashes", _string),
     ("version", "Version", _string),
 )
 _BY_LABEL = {label: (field, check) for field, label, check in _SETTINGS}
@@ -100,8 +115,9 @@ def format_parameters(fields: Mapping[str, Any]) -> str:
 
     fields: prompt, steps, sampler (the web UI's label), cfg_scale, width and height (pixels); optional, left out when None
     or "": negative_prompt, schedule_type, seed, model_hash, model, clip_skip (the web UI's count, also left out at 1),
-    variation_seed, variation_strength, denoising_strength, mask_blur (pixels), padding (of the masked area, pixels),
-    hires_scale, hires_steps, hires_upscaler, emphasis, eta, guidance_rescale, version (default: this fastsd).
+    variation_seed, variation_strength, denoising_strength, mask_blur (pixels), padding (of the masked area, pixels), tiling,
+    hires_scale, hires_steps, hires_upscaler, emphasis, eta, guidance_rescale, rng, step_noise, lora_hashes and ti_hashes ("name:
+    hash, name: hash"), version (default: this fastsd).
     ParameterError names a field that is unknown, missing or of the wrong kind.
     """
     unknown = sorted(set(fields) - _KNOWN)
@@ -130,7 +146,7 @@ def parse_parameters(text: str) -> dict[str, Any]:
     """The fields of a text that `format_parameters` or the web UI wrote, in time linear in its length.
 
     `prompt` and `negative_prompt` are always there, the other fields of `format_parameters` where the text has them.
-    Settings of other names (Face restoration, Lora hashes, …), and known ones whose value is of the wrong kind, are
+    Settings of other names (Face restoration, VAE hash, …), and known ones whose value is of the wrong kind, are
     strings under `extra`, by their label. Any text parses: without settings it is all prompt.
     """
     head, _, last = text.rstrip().rpartition("\n")
@@ -191,6 +207,11 @@ def check_output_path(path: str | Path) -> Path:
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise ImageError(f"cannot write {path}: {_advice(PermissionError(errno.EACCES, ''))}")
     return path
+
+
+def hash_name(name: str) -> str:
+    """What a file is called in a list of hashes: without the marks that part them."""
+    return name.translate({ord(mark): None for mark in ":,"})
 
 
 def _checked(name: str, check: Callable[[Any], Any], value: Any) -> Any:

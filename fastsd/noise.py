@@ -1,4 +1,4 @@
-"""Noise that belongs to an image: each draws its own from its own seed, on the CPU, whatever the device and the batch."""
+"""Noise that belongs to an image: each draws its own from its own seed, whatever the device and the batch."""
 
 import secrets
 from collections.abc import Sequence
@@ -9,8 +9,11 @@ from torch import Tensor
 
 from fastsd.checks import number
 from fastsd.errors import ParameterError
+from fastsd.philox import Philox
 
 LARGEST_SEED = 2**64 - 1
+RNGS = ("cpu", "gpu")
+"""Whose random numbers a seed stands for: torch's on the CPU, or those that a CUDA device draws (see `fastsd.philox`)."""
 NEARLY_PARALLEL = 0.9995
 """Cosine from which `slerp` goes straight: on so short an arc the two agree, and the sine to divide by is next to 0."""
 
@@ -31,22 +34,23 @@ class NoiseSource:
     one generator the batch draws together, as diffusers does for `generator=torch.Generator()`.
     """
 
-    def __init__(self, generators: Sequence[torch.Generator] | torch.Generator, batch: int) -> None:
+    def __init__(self, generators: Sequence[torch.Generator | Philox] | torch.Generator, batch: int) -> None:
         self.generators = generators
         self.batch = batch
         self.seeds: list[int] | None = None
+        self.rng = "cpu"
         self.variation: Variation | None = None
 
     @classmethod
-    def from_seeds(cls, seeds: Sequence[int], variation: Variation | None = None) -> "NoiseSource":
-        """seeds: one an image, each in [0, 2⁶⁴)."""
-        source = cls([torch.Generator("cpu").manual_seed(seed) for seed in seeds], len(seeds))
-        source.seeds, source.variation = list(seeds), variation
+    def from_seeds(cls, seeds: Sequence[int], variation: Variation | None = None, rng: str = "cpu") -> "NoiseSource":
+        """seeds: one an image, each in [0, 2⁶⁴). rng: one of RNGS."""
+        source = cls([seeded(seed, rng) for seed in seeds], len(seeds))
+        source.seeds, source.variation, source.rng = list(seeds), variation, rng
         return source
 
     def again(self) -> "NoiseSource":
         """The same noise from its beginning; the caller's own generators only go on."""
-        return self if self.seeds is None else NoiseSource.from_seeds(self.seeds, self.variation)
+        return self if self.seeds is None else NoiseSource.from_seeds(self.seeds, self.variation, self.rng)
 
     def draw(self, height: int, width: int, channels: int, device: torch.device, shared: int | None = None) -> Tensor:
         """The next noise, fp32 [B, H, W, C]. Numbers are drawn in [C, H, W] order, the order of diffusers.
@@ -54,9 +58,9 @@ class NoiseSource:
         shared: how many a batch with one generator draws instead of B, where its images share something.
         """
         if isinstance(self.generators, torch.Generator):
-            noise = _randn((shared or self.batch, channels, height, width), self.generators)
+            noise = randn((shared or self.batch, channels, height, width), self.generators)
         else:
-            noise = torch.stack([_randn((channels, height, width), generator) for generator in self.generators])
+            noise = torch.stack([randn((channels, height, width), generator) for generator in self.generators])
         return noise.permute(0, 2, 3, 1).contiguous().to(device)
 
     def draw_first(self, height: int, width: int, channels: int, device: torch.device) -> Tensor:
@@ -64,7 +68,7 @@ class NoiseSource:
         noise = self.draw(height, width, channels, device)
         if self.variation is None:
             return noise
-        other = NoiseSource.from_seeds(self.variation.seeds).draw(height, width, channels, device)
+        other = NoiseSource.from_seeds(self.variation.seeds, rng=self.rng).draw(height, width, channels, device)
         return torch.stack([slerp(a, b, self.variation.strength) for a, b in zip(noise, other, strict=True)])
 
 
@@ -86,7 +90,15 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
     return (float(near) * x + float(far) * y).to(a.dtype)
 
 
-def _randn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def seeded(seed: int, rng: str) -> torch.Generator | Philox:
+    """seed: in [0, 2⁶⁴). rng: one of RNGS."""
+    return Philox(seed) if rng == "gpu" else torch.Generator("cpu").manual_seed(seed)
+
+
+def randn(shape: Sequence[int], generator: torch.Generator | Philox) -> Tensor:
+    """The generator's next unit Gaussian noise, fp32."""
+    if isinstance(generator, Philox):
+        return torch.from_numpy(generator.normal(*shape))
     return torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32)
 
 

@@ -18,7 +18,9 @@ from torch import Tensor
 
 Activation = Literal["silu", "gelu", "quick_gelu"]
 Pad = tuple[int, int, int, int]
-"""Zero padding (left, right, top, bottom). The VAE's downsample is (0, 1, 0, 1), the UNet's (1, 1, 1, 1)."""
+"""Padding (left, right, top, bottom). The VAE's downsample is (0, 1, 0, 1), the UNet's (1, 1, 1, 1)."""
+Wrap = tuple[bool, bool]
+"""(horizontally, vertically): whether the padding is the picture's other edge. Else, and where two sides differ, it is zeros."""
 Affine = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """x·wᵀ + b; what `linear` and `geglu` are built round."""
 Convolve = Callable[[Tensor, Tensor, Tensor | None, int, Pad], Tensor]
@@ -35,8 +37,8 @@ class StepRow(NamedTuple):
     rescale: Tensor | None = None
     """[B] fp32 guidance_rescale φ in [0, 1] (Lin et al. 2024, arXiv 2305.08891, eq. 15–16); None: off."""
     counter: Tensor | None = None
-    """[3] int32 on the device, moved on by the op: which row of the table it is; the first row whose latents were not finite,
-    until then any number beyond the last; 0, the kernel's own. None: update is one row."""
+    """[2 + B] int32 on the device, moved on by the op: which row of the table it is; 0, the kernel's own; and for each image the
+    first row whose latents were not finite, until then any number beyond the last. None: update is one row."""
 
 
 class Shortcut(NamedTuple):
@@ -121,7 +123,7 @@ def group_norm(
 
 
 def convolve(x: Tensor, w: Tensor, b: Tensor | None, stride: int, pad: Pad) -> Tensor:
-    """The convolution alone. x [B, H, W, C] → [B, H', W', O]."""
+    """The convolution alone, padded by zeros. x [B, H, W, C] → [B, H', W', O]."""
     left, right, top, bottom = pad
     if (left, top) == (right, bottom):
         return _nhwc(F.conv2d(_nchw(x), w, b, stride, (top, left)))
@@ -137,12 +139,14 @@ def conv2d(
     channel_bias: Tensor | None = None,
     residual: Tensor | None = None,
     shortcut: Shortcut | None = None,
+    wrap: Wrap = (False, False),
     convolve: Convolve = convolve,
 ) -> Tensor:
     """2-D convolution + b + channel_bias + residual + shortcut. x [B, H, W, C], w [O, C, R, R], b [O] → [B, H', W', O].
 
-    channel_bias [B, O] is a ResBlock's time projection; residual [B, H', W', O] or shortcut its other branch.
+    channel_bias [B, O] is a ResBlock's time projection; residual [B, H', W', O] or shortcut its other branch; wrap: see `Wrap`.
     """
+    x, pad = _wrapped(x, pad, wrap)
     y = convolve(x, w, b, stride, pad)
     y = y if channel_bias is None else y + channel_bias[:, None, None, :]
     y = y if shortcut is None else y + convolve(_beside(shortcut.x, shortcut.skip), *shortcut[2:], 1, (0, 0, 0, 0))
@@ -150,13 +154,18 @@ def conv2d(
 
 
 def upsample_conv2d(
-    x: Tensor, w: Tensor, b: Tensor, size: tuple[int, int] | None = None, convolve: Convolve = convolve
+    x: Tensor,
+    w: Tensor,
+    b: Tensor,
+    size: tuple[int, int] | None = None,
+    wrap: Wrap = (False, False),
+    convolve: Convolve = convolve,
 ) -> Tensor:
     """Nearest ×2, then a 3×3 convolution with padding 1. x [B, H, W, C], w [O, C, 3, 3] → [B, 2H, 2W, O].
 
     size (H', W') is what to enlarge to instead: beside a skip of odd height 2H−1 there is one row less.
     """
-    return convolve(upsample(x, size), w, b, 1, (1, 1, 1, 1))
+    return conv2d(upsample(x, size), w, b, 1, (1, 1, 1, 1), wrap=wrap, convolve=convolve)
 
 
 def conv2d_norm(
@@ -168,27 +177,29 @@ def conv2d_norm(
     norm_b: Tensor,
     groups: int,
     eps: float,
+    wrap: Wrap = (False, False),
     convolve: Convolve = convolve,
 ) -> Tensor:
     """3×3 convolution, padding 1, + b + channel_bias; group norm; SiLU: the middle of a ResBlock, whose sum none else reads.
 
     x [B, H, W, C], w [O, C, 3, 3], b norm_w norm_b [O], channel_bias [B, O] → [B, H, W, O].
     """
-    y = conv2d(x, w, b, 1, (1, 1, 1, 1), channel_bias, convolve=convolve)
+    y = conv2d(x, w, b, 1, (1, 1, 1, 1), channel_bias, wrap=wrap, convolve=convolve)
     return group_norm(y, norm_w, norm_b, groups, eps, silu=True)
 
 
 def step_input(
-    state: Tensor, weights: Tensor, time_bias: Tensor, counter: Tensor, copies: int = 1
+    state: Tensor, weights: Tensor, time_bias: Tensor, time_rows: Tensor, counter: Tensor, copies: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """What the UNet is given at the counter's row: Σ_s weights[row, s]·state_s, so many times, and the time projections.
+    """What the UNet is given at the counter's row: Σ_s weights[row, b, s]·state_s and time_bias[time_rows[row, b]], copied.
 
-    state [S, B, H, W, C] and weights [n, S] fp32; time_bias [n, T]; counter int32, the row first → x [copies·B, H, W, C] and
-    [1, T], both in time_bias's dtype.
+    state [S, B, H, W, C] and weights [n, B, S] fp32; time_bias, the time's projections, [m, T]; time_rows [n, B] and counter
+    int32, the row first → x [copies·B, H, W, C] and [copies·B, T], both in time_bias's dtype.
     """
     row = counter[:1]
-    x = torch.einsum("s,sbhwc->bhwc", weights.index_select(0, row)[0], state).to(time_bias.dtype)
-    return torch.cat([x] * copies), time_bias.index_select(0, row)
+    x = torch.einsum("bs,sbhwc->bhwc", weights.index_select(0, row)[0], state).to(time_bias.dtype)
+    time = time_bias.index_select(0, time_rows.index_select(0, row)[0])
+    return torch.cat([x] * copies), torch.cat([time] * copies)
 
 
 def sampler_step(state: Tensor, out: Tensor, noise: Tensor | None, row: StepRow, new: Tensor | None = None) -> Tensor:
@@ -205,8 +216,9 @@ def sampler_step(state: Tensor, out: Tensor, noise: Tensor | None, row: StepRow,
     basis = [*state, out] if noise is None else [*state, out, noise]
     result = torch.einsum("bsk,kbhwc->sbhwc", update, torch.stack(basis))
     if row.counter is not None:
-        step, first_bad = row.counter[:1], row.counter[1:2]
-        first_bad.copy_(torch.where(result[0].isfinite().all(), first_bad, torch.minimum(first_bad, step)))
+        step, first_bad = row.counter[:1], row.counter[2:]
+        finite = result[0].flatten(1).isfinite().all(1)
+        first_bad.copy_(torch.where(finite, first_bad, torch.minimum(first_bad, step)))
         step.add_(1)
     return result if new is None else new.copy_(result)
 
@@ -246,6 +258,16 @@ def _group_mean(x: Tensor, groups: int) -> Tensor:
     """Mean of each group, repeated for its channels. [B, H, W, C] → [B, 1, 1, C]."""
     mean = x.mean((1, 2)).unflatten(-1, (groups, -1))
     return mean.mean(-1, keepdim=True).expand_as(mean).flatten(1)[:, None, None]
+
+
+def _wrapped(x: Tensor, pad: Pad, wrap: Wrap) -> tuple[Tensor, Pad]:
+    """x with its other edges laid round it where they are the padding, and the padding that is left."""
+    left, right, top, bottom = pad
+    beside = left if wrap[0] and left == right else 0
+    above = top if wrap[1] and top == bottom else 0
+    if beside or above:
+        x = F.pad(x[:, None], (0, 0, beside, beside, above, above), mode="circular")[:, 0]
+    return x, (left - beside, right - beside, top - above, bottom - above)
 
 
 def _beside(x: Tensor, skip: Tensor | None) -> Tensor:

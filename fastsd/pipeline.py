@@ -5,17 +5,15 @@ seed ─► latents [B, H/8, W/8, 4] ─► UNet × n, each followed by one row 
 sampler ─► table (timesteps, update matrices): once, in fp64, on the host ─┘
 """
 
-import logging
 import os
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fastsd import compiling, images
@@ -23,30 +21,32 @@ from fastsd.adapters import TextualInversions
 from fastsd.backends import select_ops
 from fastsd.callbacks import after_step
 from fastsd.checkpoints import open_model
-from fastsd.checks import choice, float_tensor, text_or_none
+from fastsd.checks import present, text_or_none
 from fastsd.config import ModelConfig
-from fastsd.denoise import Walk
 from fastsd.device import Stopwatch, computing, select_device, select_dtype
-from fastsd.errors import CheckpointError, ParameterError
-from fastsd.hires import check_hires, enlarge, walks
-from fastsd.image_source import Source, check_count, check_source, put_back
-from fastsd.noise import NoiseSource
+from fastsd.errors import CheckpointError, FastSDError, ParameterError
+from fastsd.first_stage import nchw, tell
+from fastsd.hires import enlarge
+from fastsd.image_source import put_back
+from fastsd.jobs import Job, check_job, check_requests, each, images_by_size
+from fastsd.model_hash import ModelHash
 from fastsd.ops import Ops
+from fastsd.previews import Previews
 from fastsd.prompt import encode_prompts, encode_request
 from fastsd.prompt_cache import ContextCache
-from fastsd.request import Request, StepCallback, check_request, check_seeds, check_texts
-from fastsd.result import Result, describe
-from fastsd.sampling import SAMPLERS, NoiseSchedule, make_table
-from fastsd.stages import Stages, check_vocabulary
-from fastsd.start import Beginner, Start
+from fastsd.request import StepCallback, check_texts
+from fastsd.result import MadeWith, Result, describe
+from fastsd.sampling import NoiseSchedule
+from fastsd.stages import check_vocabulary
+from fastsd.start import Beginner
 from fastsd.tokenizer import Tokenizer
+from fastsd.walks import Walk
 from fastsd.wording import quoted
 
 BUNDLED = Path(__file__).parent / "assets" / "shapes-64"
-logger = logging.getLogger("fastsd")
 
 
-class Pipeline(Stages):
+class Pipeline(Previews):
     """A Stable Diffusion model, ready to draw. `Pipeline()` is the small model that comes with fastsd.
 
     But for the adapters it was given, its methods keep no state between calls: threads may share one Pipeline, and each gets
@@ -68,6 +68,7 @@ class Pipeline(Stages):
         allow_pickle: bool = False,
         use_ema: bool = False,
         prediction_type: str | None = None,
+        vae: str | Path | None = None,
         graphs: bool = True,
     ) -> None:
         """Load a model: a diffusers folder, a single file, or a Hugging Face Hub id (`owner/name`).
@@ -76,15 +77,18 @@ class Pipeline(Stages):
         cpu), "float32", "float16", "bfloat16" or a torch.dtype. backend: "auto"; "reference" is plain PyTorch, "onednn" that
         with packed weights on the CPU, "triton" our kernels on the GPU; or an `fastsd.ops.Ops` of your own mixing.
         variant: which weight files, e.g. "fp16". revision, token, cache_dir, local_files_only: as huggingface_hub takes
-        them. allow_pickle: also read `.bin` and `.ckpt` weights (never code). use_ema: a single file's averaged UNet.
+        them. allow_pickle: also read `.bin` and `.ckpt` weights (never code). use_ema: a single file's averaged weights.
         prediction_type: "epsilon" or "v_prediction", where the checkpoint says it wrong or, as SD 2.x single files, not at all.
+        vae: another autoencoder instead of the model's: a folder, a single file or a Hub id; unless it says how its latents are
+        scaled, the UNet's scale stays.
         graphs: on a GPU, capture each stage of a size in a CUDA graph the second time it is drawn; 4 GiB bound them.
 
         Raises CheckpointError (HubError for the Hub) if the model cannot be had or is not SD 1.x or 2.x, and
         ParameterError for the arguments.
         """
-        if not isinstance(model, str | Path):
-            raise ParameterError(f"model: must be a folder, a file or a Hub id, not {quoted(model)}")
+        for name, value in {"model": model, "vae": vae}.items():
+            if not isinstance(value, str | Path) and not (name == "vae" and value is None):
+                raise ParameterError(f"{name}: must be a folder, a file or a Hub id, not {quoted(value)}")
         for name, value in {"variant": variant, "revision": revision}.items():
             text_or_none(name, value)
         chosen = select_device(device)
@@ -100,8 +104,10 @@ class Pipeline(Stages):
             allow_pickle=allow_pickle,
             use_ema=use_ema,
             prediction_type=prediction_type,
+            vae=vae,
         )
         path = Path(model).resolve()  # of which the name alone goes into files, never the path
+        self._model_hash = ModelHash(path) if path.is_file() else None
         self.name = path.stem if path.is_file() else path.name if path.is_dir() else str(model)
         config = ModelConfig.from_json(source.text_encoder, source.unet, source.vae)
         # Stable Diffusion was trained to be sampled from timestep 1; diffusers overrides older configs likewise.
@@ -109,10 +115,11 @@ class Pipeline(Stages):
         self.tokenizer = Tokenizer.from_folder(source.tokenizer)
         check_vocabulary(self.tokenizer, config.text_encoder)
         super().__init__(config, source, ops, chosen, chosen_dtype, graphs)
-        words = TextualInversions(self, self._swaps)
+        self._words = words = TextualInversions(self, self._swaps)
         self.load_textual_inversion = words.load_textual_inversion
         self.unload_textual_inversion = words.unload_textual_inversion
-        self._contexts = ContextCache(self.text_encoder, self._encode_tokens)
+        own = weakref.proxy(self)  # not self: the memory of a dropped Pipeline would wait for the garbage collector
+        self._contexts = ContextCache(self.text_encoder, lambda ids, skip: own._encode_tokens(ids, skip))
         self._compile = partial(compiling.prepare, self.config, self.ops, self.device, self.dtype)
 
     @classmethod
@@ -162,7 +169,11 @@ class Pipeline(Stages):
         hires_upscaler: str | None = None,
         variation_seed: int | Sequence[int] | None = None,
         variation_strength: float = 0.0,
+        rng: str = "cpu",
+        step_noise: str = "independent",
+        tiling: bool | str = False,
         output_type: str = "pil",
+        vae_tiling: bool | None = None,
         callback_on_step_end: StepCallback | None = None,
     ) -> Result:
         """Draw images from a prompt. Names and defaults are diffusers'. On a GPU where none of the model's Triton kernels was
@@ -190,94 +201,145 @@ class Pipeline(Stages):
         hires_scale: 1 to 8, draw so much larger in a second pass, of hires_steps (as many) at hires_strength (0.7), from the
         first one's picture enlarged by hires_upscaler: "latent", "latent-nearest", "lanczos".
         variation_strength: 0 to 1, how far the noise of seed is turned to that of variation_seed, then of the next, ….
-        output_type: "pil", "np", "pt" or "latent"; see Result.images.
-        callback_on_step_end: f(pipeline, step, timestep, {"latents": [B, 4, H/8, W/8], "num_steps": n}) after each step;
-        may return {"latents": replacement}; an exception it raises cancels the call and reaches the caller.
+        rng: "gpu" draws the noise that a CUDA device draws for a seed, on any machine: see `fastsd.philox.Philox`. step_noise:
+        "brownian" draws that of the SDE samplers as k-diffusion and the web UI do, from a Brownian path.
+        tiling: True makes opposite edges of the picture meet, so that it can be laid side by side with itself; "x": left and
+        right ones only, "y": top and bottom ones.
+        output_type: "pil", "np", "pt" or "latent"; see Result.images. vae_tiling: True runs the VAE in tiles where the picture
+        is larger than the model was trained at, None only after running out of memory, False never.
+        callback_on_step_end: f(pipeline, step, timestep, {"latents": [B, 4, H/8, W/8], "denoised": what these latents are
+        estimated to become, "num_steps": n}) after each step; may return {"latents": replacement}; an exception it raises
+        cancels the call and reaches the caller. `fastsd.previews.Previewer` is one that shows pictures on the way.
 
         Raises PromptError, ParameterError, ImageError; NumericsError if a net produces a non-finite value; OutOfMemoryError.
         """
-        source = check_source(
-            self.config,
-            image=image,
-            strength=strength,
-            mask_image=mask_image,
-            mask_blur=mask_blur,
-            padding_mask_crop=padding_mask_crop,
-            paste_back=paste_back,
-            height=height,
-            width=width,
-            output_type=output_type,
-        )
-        request = check_request(
-            self.config,
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            prompt_style=prompt_style,
-            num_images_per_prompt=num_images_per_prompt,
-            height=source.height if source else height,
-            width=source.width if source else width,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale,
-            eta=eta,
-            clip_skip=clip_skip,
-            seed=seed,
-            generator=generator,
-            latents=latents,
-            output_type=output_type,
-            callback=callback_on_step_end,
-            variation_seed=variation_seed,
-            variation_strength=variation_strength,
-        )
-        if source:
-            check_count(source, request)
-        hires = check_hires(self.config, request, source, hires_scale, hires_steps, hires_strength, hires_upscaler)
-        tables = [
-            make_table(
-                self.noise_schedule,
-                steps,
-                sampler,
-                schedule,
-                eta=request.eta,
-                timesteps=timesteps,
-                sigmas=sigmas,
-                strength=share,
-            )
-            for steps, share in walks(request, source, hires)
-        ]
-        self._compile(request.height, request.width, request.batch)
-        if hires:
-            self._compile(hires.height, hires.width, request.batch)
+        asked = {name: value for name, value in locals().items() if name != "self"}
+        job = check_job(self.config, self.noise_schedule, asked)
+        [result] = self._run([job])
+        if isinstance(result, FastSDError):
+            raise result
+        return result
+
+    def generate_batch(self, requests: Sequence[Mapping[str, Any]]) -> list[Result | FastSDError]:
+        """Several requests at once, each a dict of what `generate` takes: → for each its Result, or the error that it got.
+
+        They may differ in everything. Those of one size, with or all without guidance, share the UNet's calls at each step: text
+        to image, from images and inpainting, whatever the sampler, schedule and steps; the ones with fewer steps leave the batch
+        when they are done. Each gets the images that it gets alone, up to the last bits of the sums. timings are of all together.
+
+        Raises ParameterError if requests is no list of such dicts; OutOfMemoryError; and what a callback raises, which ends all.
+        """
+        given: list[Job | FastSDError] = []
+        for asked in check_requests(requests, Pipeline.generate):
+            try:
+                given.append(check_job(self.config, self.noise_schedule, asked))
+            except FastSDError as error:
+                given.append(error)
+        done = iter(self._run([job for job in given if isinstance(job, Job)]))
+        return [next(done) if isinstance(job, Job) else job for job in given]
+
+    def _run(self, jobs: list[Job]) -> list[Result | FastSDError]:
+        """The way of the data, from top to bottom."""
+        sizes = images_by_size(jobs)
+        for (height, width), count in sizes.items():
+            self._compile(height, width, count)
         clock = Stopwatch(self.device)
-        notes = list(request.warnings)
-        if request.eta and SAMPLERS[tables[0].sampler].default_eta is None:
-            notes.append(f"eta: has no effect on {tables[0].sampler}; it is the noise of ddim and tcd")
-        size = f"{request.batch} images of {request.width}x{request.height} in {self.dtype}"
-        with self._swaps.using(), computing(self.device, size):
+        asked = " and ".join(f"{count} images of {width}x{height}" for (height, width), count in sizes.items())
+        with self._swaps.using(), computing(self.device, f"{asked} in {self.dtype}"):
             self._refresh()
             with clock.stage("text"):
-                encode = partial(self._contexts.encode, clip_skip=request.clip_skip)
-                context, rows = encode_request(request, self.tokenizer, encode, self.device, self.dtype, notes)
-            encode_images = partial(self._finite, "encode", notes=notes)
-            beginner = Beginner(self.config, self.noise_schedule, encode_images, self.device)
-            with clock.stage("encode") if source else nullcontext():
-                start = beginner.begin(request, source, tables[0], notes)
+                each(jobs, self._read)
+            with clock.stage("encode") if any(job.source for job in jobs) else nullcontext():
+                each(jobs, self._begin)
             with clock.stage("unet"):
-                x = self._denoise(request, start, context, rows, callback_on_step_end)
-            if hires:
-                with clock.stage("hires"):
-                    second, enlarged = enlarge(hires, request, x, lambda x: self._finite("decode", [x], notes))
-                    start = beginner.begin(second, enlarged, tables[1], notes)
-                    x = self._denoise(second, start, context, rows, callback_on_step_end)
+                self._denoise(jobs)
+            larger = [job for job in jobs if job.hires]
+            with clock.stage("hires") if larger else nullcontext():
+                each(larger, self._begin_larger)
+                self._denoise(larger)
             with clock.stage("vae"):
-                drawn = self._draw(x, request.output_type, notes, source)
-        for note in notes:
-            logger.warning(note)
-        return Result(
-            drawn, request.seeds, clock.timings, describe(request, source, hires, tables[0], self.name), notes
+                each(jobs, self._draw)
+        return [self._answer(job, clock.timings) for job in jobs]
+
+    def _read(self, job: Job) -> None:
+        """Prompts → context."""
+        job.loras, job.words = self._loras.used(), self._words.hashes()
+        encode = partial(self._contexts.encode, clip_skip=job.request.clip_skip)
+        encoded = encode_request(job.request, self.tokenizer, encode, self.device, self.dtype, job.notes)
+        job.context, job.rows = encoded
+
+    def _begin(self, job: Job) -> None:
+        """Seeds, and images if there are some → the first latents."""
+        job.start = self._beginner(job).begin(job.request, job.source, job.tables[0], job.notes)
+
+    def _begin_larger(self, job: Job) -> None:
+        """The first pass' latents, enlarged → the second's first ones."""
+        first = present(job.hires), job.request, present(job.latents)
+        second, enlarged = enlarge(*first, lambda x: self._vae("decode", job)([x]))
+        job.start = self._beginner(job).begin(second, enlarged, job.tables[1], job.notes)
+
+    def _beginner(self, job: Job) -> Beginner:
+        return Beginner(self.config, self.noise_schedule, self._vae("encode", job), self.device)
+
+    def _vae(self, method: str, job: Job) -> Callable[[list[Tensor | None]], Tensor]:
+        tiling, wrap = job.request.vae_tiling, job.request.wrap
+        return partial(self._finite, method, notes=job.notes, degraded=job.degraded, tiling=tiling, wrap=wrap)
+
+    def _denoise(self, jobs: list[Job]) -> None:
+        """The loop of every sampler: first latents → latents."""
+        times: dict[bytes, Tensor] = {}  # the time's projections: once a schedule
+        degraded: list[str] = []
+        going = [job for job in jobs if job.error is None]
+        walks = [self._walk_of(job, times) for job in going]
+        hooks = [
+            after_step(job.callback, self, walk, self.noise_schedule) for job, walk in zip(going, walks, strict=True)
+        ]
+        for job, walk, (latents, survived) in zip(
+            going, walks, self._denoiser.run(walks, hooks, degraded), strict=True
+        ):
+            job.latents = latents
+            job.error = self._not_finite(survived, len(walk.table))
+            job.degraded += degraded
+
+    def _walk_of(self, job: Job, times: dict[bytes, Tensor]) -> Walk:
+        request, start = job.request, present(job.start)
+        key = start.table.timesteps.tobytes()
+        if key not in times:
+            times[key] = self.unet.project_time(torch.from_numpy(start.table.timesteps).to(self.device, torch.float32))
+        keys = self.unet.project_context(present(job.context))  # once a prompt
+        return Walk(
+            keys=[(k[job.rows], v[job.rows]) for k, v in keys],
+            time_bias=times[key],
+            table=start.table,
+            guidance=request.guidance_scale,
+            rescale=request.guidance_rescale if request.guided else 0.0,
+            noise=start.noise,
+            latents=start.latents,
+            kept=start.kept,
+            condition=start.condition,
+            wrap=request.wrap,
         )
+
+    def _draw(self, job: Job) -> None:
+        """Latents → what output_type asks for, put back into the pictures they came from where that was asked."""
+        latents, output_type = present(job.latents), job.request.output_type
+        if output_type == "latent":
+            job.drawn = nchw(latents)
+            return
+        painted = self._vae("decode", job)([latents])
+        if job.source:
+            job.drawn = put_back(job.source, painted, output_type)
+        else:
+            job.drawn = images.from_tensor(painted, output_type)
+
+    def _answer(self, job: Job, timings: dict[str, float]) -> Result | FastSDError:
+        tell(job.notes + job.degraded)
+        if job.drawn is None:
+            return present(job.error)
+        model_hash = self._model_hash.get() if self._model_hash else None
+        made_with = MadeWith(self.name, model_hash, job.loras, job.words)
+        texts = describe(job.request, job.source, job.hires, job.tables[0], made_with)
+        return Result(job.drawn, job.request.seeds, dict(timings), texts, job.notes + job.degraded, job.degraded)
 
     def warmup(
         self, sizes: Sequence[tuple[int, int]] = (), num_images_per_prompt: int = 1, guidance: bool | None = None
@@ -317,76 +379,5 @@ class Pipeline(Stages):
             encode = partial(self._contexts.encode, clip_skip=skip)
             context, row_of = encode_prompts(self.tokenizer, encode, texts, style, notes)
             embeds = context[[row_of[text] for text in texts]]
-        for note in notes:
-            logger.warning(note)
+        tell(notes)
         return embeds
-
-    def encode_image(self, image: Any, seed: int | Sequence[int] | None = None) -> Tensor:
-        """Images → latents as the UNet sees them, [B, C, H/8, W/8] fp32.
-
-        image: a path, PIL images, an array or a tensor; see `fastsd.images.to_tensor`. Without a seed the latents are the
-        mean of the VAE's distribution; with one (image i of a batch takes seed + i) they are a sample of it.
-
-        Raises ImageError for the image, ParameterError for the seed, NumericsError if the VAE gives a non-finite value.
-        """
-        unit = self.config.vae.downscale
-        x = images.to_tensor(image, unit)
-        noise = None
-        if seed is not None:
-            size = (x.shape[1] // unit, x.shape[2] // unit, self.config.vae.latent_channels)
-            noise = NoiseSource.from_seeds(check_seeds(seed, len(x))).draw(*size, self.device)
-        with (
-            self._swaps.using(),
-            computing(self.device, f"encoding {len(x)} images of {x.shape[2]}x{x.shape[1]} in {self.dtype}"),
-        ):
-            self._refresh()
-            return _nchw(self._finite("encode", [x, noise], []))
-
-    def decode_latents(self, latents: Tensor, output_type: str = "pil") -> "list[Image.Image] | np.ndarray | Tensor":
-        """Latents [B, C, H/8, W/8], as `encode_image` or output_type="latent" gives them → images as output_type asks.
-
-        Raises ParameterError for the arguments, NumericsError if the VAE gives a non-finite value.
-        """
-        choice("output_type", output_type, images.OUTPUT_TYPES)
-        shape = (None, self.config.vae.latent_channels, None, None)
-        float_tensor("latents", latents, shape, "images, channels, height, width")
-        with self._swaps.using(), computing(self.device, f"decoding latents {list(latents.shape)} in {self.dtype}"):
-            self._refresh()
-            return self._draw(_nhwc(latents.to(self.device, torch.float32)), output_type, [])
-
-    def _denoise(
-        self, request: Request, start: Start, context: Tensor, rows: Tensor, callback: StepCallback | None
-    ) -> Tensor:
-        """The loop of every sampler: noise, or an image and noise → latents [B, H, W, C] fp32."""
-        walk = Walk(
-            keys=[(k[rows], v[rows]) for k, v in self.unet.project_context(context)],  # once a prompt
-            time_bias=self.unet.project_time(self._fp32(start.table.timesteps)),  # once a schedule
-            table=start.table,
-            guidance=request.guidance_scale,
-            rescale=request.guidance_rescale if request.guided else 0.0,
-            noise=request.noise,
-            latents=start.latents,
-            kept=start.kept,
-            condition=start.condition,
-        )
-        return self._walk(walk, after_step(callback, self, start.table))
-
-    def _draw(
-        self, latents: Tensor, output_type: str, notes: list[str], source: Source | None = None
-    ) -> "list[Image.Image] | np.ndarray | Tensor":
-        """Latents [B, H, W, C] → what output_type asks for, put back into the pictures they came from where that was asked."""
-        if output_type == "latent":
-            return _nchw(latents)
-        painted = self._finite("decode", [latents], notes)
-        return images.from_tensor(painted, output_type) if source is None else put_back(source, painted, output_type)
-
-    def _fp32(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device, torch.float32)
-
-
-def _nchw(x: Tensor) -> Tensor:
-    return x.permute(0, 3, 1, 2).contiguous()
-
-
-def _nhwc(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1).contiguous()

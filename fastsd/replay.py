@@ -10,11 +10,12 @@ from typing import Any
 
 from PIL import ExifTags, Image
 
-from fastsd.errors import FastSDError, ImageError
+from fastsd.errors import FastSDError, ImageError, PromptError
 from fastsd.hires import UPSCALERS
 from fastsd.images import MAX_PIXELS
-from fastsd.metadata import parse_parameters
-from fastsd.sampling import canonical_sampler, canonical_schedule
+from fastsd.metadata import RNG_LABELS, hash_name, parse_parameters
+from fastsd.prompt_tags import LoraTag, Tagged, take_tags, without_tags
+from fastsd.sampling import SAMPLERS, canonical_sampler, canonical_schedule
 
 _USER_COMMENT = 0x9286
 _CHARACTER_CODES = {b"UNICODE\0": "utf-16-be", b"ASCII\0\0\0": "ascii", b"\0" * 8: "utf-8"}
@@ -28,6 +29,7 @@ _ARGUMENTS = {
     "height": "height",
     "eta": "eta",
     "guidance_rescale": "guidance_rescale",
+    "tiling": "tiling",
     "variation_seed": "variation_seed",
     "variation_strength": "variation_strength",
     "hires_scale": "hires_scale",
@@ -35,7 +37,6 @@ _ARGUMENTS = {
 }
 _WEIGHTS = (".safetensors", ".ckpt", ".pt")
 _HASH = re.compile("[0-9a-fA-F]{6,64}")
-_HASHES = ("Hashes", "Lora hashes", "TI hashes")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class Replay:
     """By what they are of: "model", "lora:name", "embed:name"; lower case, as long as the file gives them."""
     lost: list[str] = field(default_factory=list)
     """Settings that are not replayed, each with its reason."""
+    prompt: str = ""
+    """As the file has it; what is to be drawn of it is among the arguments."""
+    loras: list[LoraTag] = field(default_factory=list)
+    """What its tags ask for."""
 
 
 def read_parameters(path: str | Path) -> str:
@@ -105,10 +110,38 @@ def read_replay(text: str) -> Replay:
         lost.append("Denoising strength: it was made from another image, which the file does not hold")
     ours = str(fields.get("version", "")).startswith("fastsd")
     arguments["prompt_style"] = "plain" if fields.get("emphasis") == "None" else "a1111"
-    if not ours and extra.get("RNG", "GPU") != "CPU":
-        lost.append("RNG: the web UI drew the noise on the GPU by default; fastsd draws it on the CPU")
-    lost += [f"{label}: {value}" for label, value in extra.items() if label not in (*_HASHES, "RNG")]
-    return Replay(arguments, fields.get("model"), dict(_hashes(fields, extra)), lost)
+    _noise(fields, ours, arguments, lost)
+    lost += [f"{label}: {value}" for label, value in extra.items() if label != "Hashes"]
+    prompt = fields["prompt"]
+    tags = _tags(prompt, lost) if not ours or "lora_hashes" in fields else Tagged(prompt, [], [])
+    arguments["prompt"] = tags.text
+    return Replay(arguments, fields.get("model"), dict(_hashes(fields, extra)), lost, prompt, tags.loras)
+
+
+def _tags(prompt: str, lost: list[str]) -> Tagged:
+    """A prompt of the web UI's, or one of ours that a LoRA was merged for: else the library was given it, which reads no tags."""
+    try:
+        tags = take_tags(prompt)
+    except PromptError as error:
+        lost.append(f"{error}: none of its tags is replayed")
+        return Tagged(without_tags(prompt), [], [])
+    lost += [f"{name}: fastsd runs no hypernetworks" for name in tags.hypernets]
+    return tags
+
+
+def _noise(fields: Mapping[str, Any], ours: bool, arguments: dict[str, Any], lost: list[str]) -> None:
+    """Where the noise came from. The web UI draws it on the GPU unless the file says otherwise, and that of the steps of the SDE
+    samplers always from a Brownian path."""
+    known = {label: rng for rng, label in RNG_LABELS.items()} | {"GPU": "gpu"}
+    label = fields.get("rng", "CPU" if ours else "GPU")
+    if label in known:
+        arguments["rng"] = known[label]
+    else:
+        lost.append(f"RNG: fastsd has not {label}; it has {', '.join(known)}")
+    sampler = arguments.get("sampler")
+    stochastic = sampler is not None and SAMPLERS[canonical_sampler(sampler)[0]].brownian
+    if fields.get("step_noise") == "Brownian" or (stochastic and not ours):
+        arguments["step_noise"] = "brownian"
 
 
 def _upscaler(label: str | None, arguments: dict[str, Any], lost: list[str]) -> None:
@@ -122,8 +155,8 @@ def _upscaler(label: str | None, arguments: dict[str, Any], lost: list[str]) -> 
 def _hashes(fields: Mapping[str, Any], extra: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     if _HASH.fullmatch(fields.get("model_hash", "")):
         yield "model", fields["model_hash"].lower()
-    for label, kind in (("Lora hashes", "lora"), ("TI hashes", "embed")):
-        for part in extra.get(label, "").split(","):
+    for label, kind in (("lora_hashes", "lora"), ("ti_hashes", "embed")):
+        for part in fields.get(label, "").split(","):
             name, _, value = part.rpartition(":")
             if _HASH.fullmatch(value.strip()):
                 yield f"{kind}:{name.strip()}", value.strip().lower()
@@ -152,6 +185,34 @@ def find_hashed(hashes: Mapping[str, str], folders: Iterable[Path]) -> dict[str,
             found[name] = path
             del wanted[name]
     return found
+
+
+def find_adapters(
+    asked: Replay, hashed: Mapping[str, Path], named: Mapping[str, Path]
+) -> tuple[list[tuple[LoraTag, Path]], dict[Path, str], list[str]]:
+    """→ the LoRAs with their files, the files of embeddings with their words, and what could not be found, line by line.
+
+    hashed: what `find_hashed` found. named: files by their names, for what it did not.
+    """
+    loras, words, lost = [], {}, []
+    told = {name: f"{name} ({value})" for name, value in asked.hashes.items()}
+    tags = {f"lora:{hash_name(tag.name)}": tag for tag in asked.loras}
+    for name in {**told, **tags}:
+        kind, _, stem = name.partition(":")
+        path = hashed.get(name)
+        if path is None and (name in tags or kind == "embed"):
+            path = named.get(tags[name].name if name in tags else stem)
+            if path is not None and name in told:
+                lost.append(f"{told[name]} was not found; {path.name}, which is taken for it, has another hash")
+        if path is None:
+            lost.append(f"{told.get(name, name)} was not found")
+        elif name in tags:
+            loras.append((tags[name], path))
+        elif kind == "lora":
+            lost.append(f"{name}: the prompt does not say its weight; left out")
+        elif kind == "embed":
+            words[path] = stem
+    return loras, words, lost
 
 
 def _digests(path: Path) -> tuple[str, str]:

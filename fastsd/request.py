@@ -7,13 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsd.checks import choice, float_tensor, integer, number
+from fastsd.brownian import STEP_NOISES
+from fastsd.checks import choice, flag_or_none, float_tensor, integer, number, present
 from fastsd.config import ModelConfig
 from fastsd.errors import ParameterError, PromptError
 from fastsd.images import MAX_PIXELS, OUTPUT_TYPES
-from fastsd.noise import LARGEST_SEED, NoiseSource, Variation, random_seed
+from fastsd.noise import LARGEST_SEED, RNGS, NoiseSource, Variation, random_seed
+from fastsd.ops import Wrap
 from fastsd.prompt_chunks import STYLES
 from fastsd.prompt_syntax import parse
+from fastsd.seamless import WRAPS, check_tiling
 from fastsd.tokenizer import check_prompt
 from fastsd.wording import quoted
 
@@ -41,8 +44,11 @@ class Request:
     clip_skip: int
     seeds: list[int] | None  # B of them; None where the caller's generator draws
     noise: NoiseSource
+    step_noise: str
     latents: Tensor | None  # [B, C, H, W] unit Gaussian
     output_type: str
+    vae_tiling: bool | None
+    tiling: bool | str
     warnings: list[str]
 
     @property
@@ -51,8 +57,13 @@ class Request:
         return self.guidance_scale > 1.0
 
     @property
+    def wrap(self) -> Wrap:
+        """Whether left and right edges, top and bottom ones shall meet."""
+        return WRAPS[self.tiling]
+
+    @property
     def batch(self) -> int:
-        count = len(self.prompts) if self.prompts is not None else len(_present(self.prompt_embeds))
+        count = len(self.prompts) if self.prompts is not None else len(present(self.prompt_embeds))
         return count * self.images_per_prompt
 
 
@@ -76,9 +87,14 @@ def check_request(
     generator: Any,
     latents: Tensor | None,
     output_type: str,
-    callback: Any,
+    vae_tiling: bool | None,
+    callback_on_step_end: Any,
     variation_seed: Any = None,
     variation_strength: float = 0.0,
+    rng: Any = "cpu",
+    step_noise: Any = "independent",
+    tiling: Any = False,
+    padding_mask_crop: int | None = None,
 ) -> Request:
     """The arguments of `Pipeline.generate` as a Request; ParameterError or PromptError names what is wrong and its range."""
     unit = config.vae.downscale
@@ -95,13 +111,17 @@ def check_request(
     warnings = []
     if guidance <= 1.0 and (any(negatives or ()) or negative_prompt_embeds is not None):
         warnings.append(f"negative_prompt has no effect at guidance_scale {guidance:g}: it needs more than 1")
-    if callback is not None and not callable(callback):
-        raise ParameterError(f"callback_on_step_end: must be a function, not {quoted(callback)}")
+    if callback_on_step_end is not None and not callable(callback_on_step_end):
+        raise ParameterError(f"callback_on_step_end: must be a function, not {quoted(callback_on_step_end)}")
     if latents is not None:
         shape = (batch, config.vae.latent_channels, rows // unit, columns // unit)
         float_tensor("latents", latents, shape, "images, channels, height, width")
+    if check_tiling(tiling) and padding_mask_crop is not None:
+        raise ParameterError("tiling: the edges of a part do not meet; leave padding_mask_crop out")
     variation = number("variation_strength", variation_strength, 0.0, 1.0)
-    seeds, noise = _seeds(seed, generator, batch, variation_seed, variation)
+    seeds, noise = _seeds(seed, generator, batch, variation_seed, variation, choice("rng", rng, RNGS))
+    if choice("step_noise", step_noise, STEP_NOISES) == "brownian" and seeds is None:
+        raise ParameterError("step_noise: a Brownian path has a seed; give seed instead of generator")
     return Request(
         prompts=prompts,
         negative_prompts=negatives,
@@ -118,8 +138,11 @@ def check_request(
         clip_skip=_clip_skip(clip_skip, config),
         seeds=seeds,
         noise=noise,
+        step_noise=step_noise,
         latents=latents,
         output_type=choice("output_type", output_type, OUTPUT_TYPES),
+        vae_tiling=flag_or_none("vae_tiling", vae_tiling),
+        tiling=tiling,
         warnings=warnings,
     )
 
@@ -132,11 +155,6 @@ def check_texts(config: ModelConfig, prompt: Any, prompt_style: Any, clip_skip: 
 
 def _clip_skip(value: Any, config: ModelConfig) -> int:
     return integer("clip_skip", 0 if value is None else value, 0, config.text_encoder.num_hidden_layers - 1)
-
-
-def _present(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
-    return tensor
 
 
 def check_size(config: ModelConfig, height: int | None, width: int | None) -> tuple[int, int]:
@@ -212,7 +230,7 @@ def _embeds(name: str, embeds: Any, width: int) -> Tensor:
 
 
 def _seeds(
-    seed: Any, generator: Any, batch: int, variation_seed: Any, strength: float
+    seed: Any, generator: Any, batch: int, variation_seed: Any, strength: float, rng: str
 ) -> tuple[list[int] | None, NoiseSource]:
     if variation_seed is not None and not strength:
         raise ParameterError("variation_seed: has no effect at variation_strength 0; give a strength above it")
@@ -221,6 +239,8 @@ def _seeds(
             raise ParameterError("variation_strength: varies the noise of a seed; give seed instead of generator")
         if seed is not None:
             raise ParameterError("seed: give either seed or generator, not both")
+        if rng != "cpu":
+            raise ParameterError("rng: says what a seed stands for; give seed instead of generator")
         if isinstance(generator, torch.Generator):
             return None, NoiseSource(generator, batch)
         if not isinstance(generator, list | tuple) or not all(isinstance(one, torch.Generator) for one in generator):
@@ -230,11 +250,11 @@ def _seeds(
         return None, NoiseSource(generator, batch)
     if not strength:
         seeds = check_seeds(seed, batch)
-        return seeds, NoiseSource.from_seeds(seeds)
+        return seeds, NoiseSource.from_seeds(seeds, rng=rng)
     # As in the web UI: all images are variations of one, unless the caller lists their seeds.
     seeds = check_seeds(seed, batch) if isinstance(seed, list | tuple) else [_seed(seed)] * batch
     others = check_seeds(variation_seed, batch, "variation_seed")
-    return seeds, NoiseSource.from_seeds(seeds, Variation(others, strength))
+    return seeds, NoiseSource.from_seeds(seeds, Variation(others, strength), rng)
 
 
 def check_seeds(seed: Any, batch: int, name: str = "seed") -> list[int]:

@@ -1,16 +1,19 @@
 """What `generate` gives back."""
 
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from fastsd.adapters import UsedLora
 from fastsd.hires import UPSCALERS, Hires
 from fastsd.image_source import Source
-from fastsd.metadata import format_parameters
+from fastsd.metadata import RNG_LABELS, format_parameters, hash_name
+from fastsd.prompt_tags import LoraTag, with_tags
 from fastsd.request import Request
 from fastsd.sampling import SAMPLERS, Table
 from fastsd.sampling.names import schedule_label
@@ -32,10 +35,27 @@ class Result:
     """A1111's `parameters` text for each image, as `fastsd.metadata.save_image` writes it into a file."""
     warnings: list[str] = field(default_factory=list)
     """What a user should know: words that were cut off, a stage that was repeated in fp32."""
+    degraded: list[str] = field(default_factory=list)
+    """What was done otherwise than asked, for want of memory; among the warnings too."""
 
 
-def describe(request: Request, source: Source | None, hires: Hires | None, table: Table, model: str) -> list[str]:
-    """A1111's text for each image of a request. table: the whole walk's or its end; hires: the second pass, if there is one."""
+class MadeWith(NamedTuple):
+    """The files that images are made with."""
+
+    model: str
+    model_hash: str | None
+    loras: Sequence[UsedLora]
+    words: Mapping[str, str]
+    """Of textual inversions, those that the prompts may hold → their files' SHA-256."""
+
+
+def describe(
+    request: Request, source: Source | None, hires: Hires | None, table: Table, made_with: MadeWith
+) -> list[str]:
+    """A1111's text for each image of a request. table: the whole walk's or its end; hires: the second pass, if there is one.
+
+    As there, a prompt names the LoRAs; but one that is weighed by block has a hash alone: no tag can say its weights.
+    """
     default = SAMPLERS[table.sampler].default_eta
     per_prompt, variation = request.images_per_prompt, request.noise.variation
     same: dict[str, Any] = {
@@ -45,11 +65,16 @@ def describe(request: Request, source: Source | None, hires: Hires | None, table
         "cfg_scale": request.guidance_scale,
         "width": request.width,
         "height": request.height,
-        "model": model,
+        "model": made_with.model,
+        "model_hash": made_with.model_hash,
+        "lora_hashes": _hashes((lora.name, lora.sha256) for lora in made_with.loras),
         "clip_skip": request.clip_skip + 1 if request.prompts else None,  # A1111 counts the last layer as 1
         "eta": None if default is None or request.eta == default else request.eta,
         "guidance_rescale": request.guidance_rescale or None,
+        "tiling": request.tiling or None,
         "variation_strength": variation and variation.strength,
+        "rng": RNG_LABELS[request.noise.rng] if request.seeds else None,
+        "step_noise": "Brownian" if request.step_noise == "brownian" and SAMPLERS[table.sampler].brownian else None,
     }
     if source is not None:
         same |= {
@@ -61,16 +86,24 @@ def describe(request: Request, source: Source | None, hires: Hires | None, table
         same |= {"denoising_strength": hires.strength, "hires_scale": hires.scale, "hires_steps": hires.steps}
         same["hires_upscaler"] = UPSCALERS[hires.upscaler]
     # The web UI's word for brackets that are letters; without any it makes no difference.
-    written = "".join((*(request.prompts or ()), *(request.negative_prompts or ())))
+    written = "\n".join((*(request.prompts or ()), *(request.negative_prompts or ())))
     if request.prompt_style == "plain" and re.search(r"[()\[\]\\]|BREAK", written):
         same["emphasis"] = "None"
+    said = written.lower()
+    same["ti_hashes"] = _hashes((word, sha256) for word, sha256 in made_with.words.items() if word.lower() in said)
+    tags = [LoraTag(one.name, one.text_encoder, one.unet) for one in made_with.loras if one.unet is not None]
     texts = []
     for index in range(request.batch):
         own = {
-            "prompt": request.prompts[index // per_prompt] if request.prompts else "",
+            "prompt": with_tags(request.prompts[index // per_prompt] if request.prompts else "", tags),
             "negative_prompt": request.negative_prompts[index // per_prompt] if request.negative_prompts else "",
             "seed": request.seeds[index] if request.seeds else None,
             "variation_seed": variation and variation.seeds[index],
         }
         texts.append(format_parameters({key: value for key, value in (own | same).items() if value is not None}))
     return texts
+
+
+def _hashes(files: Iterable[tuple[str, str]]) -> str:
+    """ "name: hash, name: hash", of each the first 12 digits; a name loses what would part it."""
+    return ", ".join(f"{hash_name(name)}: {sha256[:12]}" for name, sha256 in files)

@@ -13,12 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastsd.brownian import BrownianNoise
 from fastsd.config import ModelConfig
-from fastsd.denoise import Kept
 from fastsd.image_source import Source, inpaints, spread
 from fastsd.masks import to_latent
+from fastsd.noise import NoiseSource
 from fastsd.request import Request
-from fastsd.sampling import NoiseSchedule, Table
+from fastsd.sampling import SAMPLERS, NoiseSchedule, Table
+from fastsd.walks import Kept
 
 Encode = Callable[[list[Tensor | None]], Tensor]
 """[pictures [M, H, W, 3] in [−1, 1], unit noise [B, h, w, C] or None] → latents [B, h, w, C] fp32: see `VAE.encode`."""
@@ -29,6 +31,8 @@ class Start(NamedTuple):
 
     table: Table
     latents: Tensor
+    noise: NoiseSource
+    """What the steps draw from."""
     kept: Kept | None = None
     condition: Tensor | None = None
 
@@ -55,23 +59,31 @@ class Beginner:
         else:
             noise = request.latents.permute(0, 2, 3, 1).to(self.device, torch.float32).contiguous()
         condition = self._condition(request, source, mask)
+        steps = self._step_noise(request, table)
         if mask is not None and not mask.any():
             notes.append("mask_image: white nowhere, or in less than a latent; nothing is painted")
         if image is None:
-            return Start(table, noise, None, condition)
+            return Start(table, noise, steps, None, condition)
         levels = torch.from_numpy(table.noise_levels(self.schedule)).float()
         kept = None
         if mask is not None and condition is None:
             kept = Kept(spread(mask, request.batch), image, noise, levels.to(self.device))
         if from_noise:
-            return Start(table, noise, kept, condition)
+            return Start(table, noise, steps, kept, condition)
         share, rest = levels[0].tolist()
-        return Start(replace(table, initial_scale=1.0), share * image + rest * noise, kept, condition)
+        begun = share * image + rest * noise
+        return Start(replace(table, initial_scale=1.0), begun, steps, kept, condition)
+
+    def _step_noise(self, request: Request, table: Table) -> NoiseSource:
+        if request.step_noise == "independent" or not SAMPLERS[table.sampler].brownian or request.seeds is None:
+            return request.noise
+        return BrownianNoise(request.seeds, request.noise.rng, table, self.schedule)
 
     def _condition(self, request: Request, source: Source | None, mask: Tensor | None) -> Tensor | None:
         """What an inpainting UNet sees beside the latents, [B, h, w, 1+C]; without a mask it shall paint all. None for others."""
         if not inpaints(self.config):
-            if source is not None and mask is not None:  # in diffusers the masked image is sampled for these too
+            if source is not None and mask is not None and self.config.vae.variational:
+                # in diffusers the masked image is sampled for these too
                 request.noise.draw(*self._size(request), self.device, shared=len(source.pictures))
             return None
         if source is None or source.mask is None or mask is None:
@@ -82,9 +94,11 @@ class Beginner:
         return torch.cat([spread(mask, request.batch), seen], dim=-1)
 
     def _sample(self, request: Request, pictures: Tensor, latent: bool) -> Tensor:
-        """Latents [B, h, w, C] of pictures [M, …]: as they are, or drawn from what the VAE says of the pictures."""
+        """Latents [B, h, w, C] of pictures [M, …]: as they are, or as the VAE gives them, drawn where it gives a distribution."""
         if latent:
             return spread(pictures.to(self.device), request.batch)
+        if not self.config.vae.variational:
+            return spread(self.encode([pictures, None]), request.batch)
         noise = request.noise.draw(*self._size(request), self.device, shared=len(pictures))
         if len(pictures) > 1:  # one is encoded once for all noises
             pictures = spread(pictures, len(noise))

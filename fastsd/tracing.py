@@ -15,15 +15,16 @@ from torch import Tensor
 
 from fastsd.checks import integer
 from fastsd.config import CLIPConfig, UNetConfig, VAEConfig
-from fastsd.denoise import Buffers, Walk, advance
+from fastsd.denoise import advance
 from fastsd.errors import ParameterError
 from fastsd.images import MAX_PIXELS
 from fastsd.models.clip import CLIPText
 from fastsd.models.unet import UNet
-from fastsd.models.vae import VAE
+from fastsd.models.vq import autoencoder
 from fastsd.noise import NoiseSource
 from fastsd.ops import REFERENCE, Ops
 from fastsd.sampling import NoiseSchedule, make_table
+from fastsd.walks import Buffers, Span, Walk
 
 STAGES = ("text", "prompt", "schedule", "step", "decode", "encode")
 """CLIP; the UNet's keys and values of the prompts; its time projections; one step; latents → image; image → latents."""
@@ -108,8 +109,8 @@ def run_stages(
         if "step" in stages:
             condition = torch.empty(*latents[:3], nets.unet.in_channels - latents[3])
             buffers = _buffers(keys, times[-1], torch.empty(latents), condition if condition.shape[3] else None)
-            advance(unet("step"), ops("step"), buffers, guided)
-        vae = partial(VAE, nets.vae)
+            advance(unet("step"), ops("step"), buffers, 2 if guided else 1)
+        vae = partial(autoencoder, nets.vae)
         if "decode" in stages:
             vae(ops("decode")).to(dtype).decode(torch.empty(latents, dtype=dtype))
         if "encode" in stages:
@@ -124,4 +125,4 @@ def _buffers(
         table = make_table(NoiseSchedule.from_config({}), len(time_bias))
         noise = NoiseSource.from_seeds([0] * len(latents))
     walk = Walk(keys, time_bias, table, guidance=7.5, rescale=0.0, noise=noise, latents=latents, condition=condition)
-    return Buffers.allocate(walk, len(time_bias))
+    return Buffers.allocate(Span([walk], [None], 0, len(time_bias)), len(time_bias))

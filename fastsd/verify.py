@@ -16,18 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from fastsd.checks import integer
-from fastsd.denoise import Denoiser, Walk
+from fastsd.denoise import Denoiser
 from fastsd.device import computing
 from fastsd.errors import NumericsError
 from fastsd.image_source import inpaints
 from fastsd.models.clip import CLIPText
 from fastsd.models.unet import UNet
-from fastsd.models.vae import VAE
+from fastsd.models.vq import autoencoder
 from fastsd.noise import NoiseSource
 from fastsd.ops import REFERENCE, Ops
 from fastsd.pipeline import BUNDLED, Pipeline
 from fastsd.sampling import make_table
 from fastsd.tracing import around, replaced, side
+from fastsd.walks import Walk
 
 Net = TypeVar("Net", bound=nn.Module)
 
@@ -240,7 +241,7 @@ def _compare(
     dtype, device, vae = fast.dtype, fast.device, plain.vae.config
     text_encoder = comparison.copy_of(plain.text_encoder, CLIPText, "text_encoder")
     unet = comparison.copy_of(plain.unet, UNet, "unet")
-    decoder = comparison.copy_of(plain.vae, VAE, "vae")
+    decoder = comparison.copy_of(plain.vae, autoencoder, "vae")
 
     ids = torch.tensor(plain.tokenizer.encode(texts).ids, device=device)
     context = text_encoder(ids)
@@ -269,7 +270,7 @@ def _compare(
         latents=noise.draw(rows, rows, vae.latent_channels, device),
         condition=torch.ones(1, rows, rows, vae.latent_channels + 1, device=device) if inpaints(plain.config) else None,
     )
-    latents, _ = Denoiser(unet, comparison.ops, None).run(walk)
+    [(latents, _)] = Denoiser(unet, comparison.ops, None).run([walk])
     image = decoder.decode(latents.to(comparison.exact))
     comparison.note("VAE decode", relative(fast.vae.decode(latents.to(dtype)), image), "the last latents")
 

@@ -22,7 +22,7 @@ from bench import record
 from fastsd.pipeline import BUNDLED
 from tests import oracle
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 
 ON_DEVICE = ("tests/kernels/", "tests/models/test_triton_nets.py", "tests/test_backends.py")

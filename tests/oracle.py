@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from bench.workloads import psnr as psnr
 from fastsd.checkpoints import open_folder
 from fastsd.pipeline import BUNDLED
+from tests.measured import measured
+from tests.tolerances import IMAGE_PSNR
 
 diffusers.logging.set_verbosity_error()
 transformers.logging.set_verbosity_error()
@@ -137,8 +140,25 @@ def assert_close(ours: Tensor, theirs: Tensor, atol: float, what: str) -> None:
     assert ours.shape == theirs.shape, f"{what}: shape {tuple(ours.shape)} instead of {tuple(theirs.shape)}"
     error = (ours.double() - theirs.double()).abs().max().item()
     size = theirs.abs().max().item()
+    measured("max abs error", error, atol)
     assert size > 1e-2, f"{what}: the oracle gives next to nothing ({size:.1e}), so this compares nothing"
     assert error <= atol, f"{what}: max abs error {error:.2e} > {atol:.0e} (largest value {size:.2f})"
+
+
+def assert_same_picture(ours: Any, theirs: Any, what: str, lowest: float = IMAGE_PSNR) -> None:
+    """Values in [0, 1]: PSNR of at least `lowest` dB."""
+    quality = psnr(np.asarray(ours), np.asarray(theirs))
+    measured("dB", quality, lowest)
+    assert quality >= lowest, f"{what}: PSNR {quality:.1f} dB against the oracle, at least {lowest} is asked"
+
+
+def assert_equal(found: Any, expected: Any, what: str) -> None:
+    """Arrays, tensors, lists of numbers or bytes: every value is the same."""
+    ours, theirs = (np.frombuffer(one, np.uint8) if isinstance(one, bytes) else one for one in (found, expected))
+    ours, theirs = (one if isinstance(one, Tensor) else torch.from_numpy(np.array(one)) for one in (ours, theirs))
+    differ = int((ours != theirs).sum()) if ours.shape == theirs.shape else max(ours.numel(), theirs.numel())
+    measured("values differ", differ, 0)
+    assert differ == 0, f"{what}: {differ} values of {theirs.numel()} differ"
 
 
 def relative_l2(value: Tensor, truth: Tensor) -> float:

@@ -36,6 +36,7 @@ from tests.adapter_builders import (
     save_small_model,
     weights,
 )
+from tests.measured import measured
 from tests.tolerances import LORA_PICTURE, LORA_WEIGHT
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::RuntimeWarning")
@@ -62,12 +63,14 @@ def bits(tensor: Tensor) -> Tensor:
 
 def assert_same_bits(found: dict[str, Tensor], wanted: dict[str, Tensor], when: str) -> None:
     changed = [name for name in wanted if not torch.equal(bits(found[name]), bits(wanted[name]))]
+    measured("values differ", len(changed), 0)
     assert not changed, f"{when}: {len(changed)} weights have other bits, e.g. {changed[:3]}"
 
 
 def assert_merged(found: dict[str, Tensor], truth: dict[str, Tensor], before: dict[str, Tensor]) -> None:
     assert largest_difference(before, truth)[0] > 0.1, "the oracle's LoRA changes next to nothing"
     error, name = largest_difference(found, truth)
+    measured("relative L2", error, LORA_WEIGHT)
     assert error <= LORA_WEIGHT, f"{name}: relative error {error:.1e} against the oracle"
 
 
@@ -254,6 +257,7 @@ def test_loha_and_lokr_are_pefts(ours: fastsd.Pipeline, tmp_path: Path, case: st
     assert len(state) >= 3, f"not the case that was meant: {sorted(state)}"
     found = merged_difference(ours, tmp_path, LAYER[place], state | {"alpha": torch.tensor(3.0)})
     error = oracle.relative_l2(found, truth)
+    measured("relative L2", error, LORA_WEIGHT)
     assert error <= LORA_WEIGHT, f"{sorted(state)}: relative error {error:.1e} against PEFT"
 
 
@@ -309,6 +313,8 @@ def test_every_way_off_gives_the_first_bits_back(sd1: Path, two_files: tuple[Pat
     def check(when: str, on: bool) -> None:
         now = weights(pipe)
         changed = [name for name, raw in first_bits.items() if not torch.equal(bits(now[name]), raw)]
+        if not on:
+            measured("values differ", len(changed), 0)
         assert bool(changed) == on, f"{when}: {len(changed)} weights have other bits than at first"
 
     for path, name in zip(two_files, "ab", strict=True):
@@ -337,7 +343,7 @@ def test_every_way_off_gives_the_first_bits_back(sd1: Path, two_files: tuple[Pat
     assert addresses == [weight.data_ptr() for net in nets(pipe).values() for weight in net.parameters()], (
         "weights moved"
     )
-    assert not loras._originals, "originals are kept though nothing is changed"
+    assert not loras._weights._kept, "originals are kept though nothing is loaded"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -460,14 +466,14 @@ def test_a_swap_that_fails_leaves_what_was(
     """In the middle of merging: the weights, what is active, and what is loaded are as before."""
     loras = adapters(ours)
     loras.load_lora_weights(two_files[0], "a")
-    before, value, calls = weights(ours), Delta.value, itertools.count()
+    before, add_to, calls = weights(ours), Delta.add_to, itertools.count()
 
-    def failing(self: Delta) -> Tensor:
+    def failing(self: Delta, total: Tensor, scale: float, part: slice) -> None:
         if next(calls) == 3:
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
-        return value(self)
+        add_to(self, total, scale, part)
 
-    monkeypatch.setattr(Delta, "value", failing)
+    monkeypatch.setattr(Delta, "add_to", failing)
     with pytest.raises(OutOfMemoryError):
         loras.load_lora_weights(two_files[1], "b")
     assert_same_bits(weights(ours), before, "after a failed swap")
@@ -501,7 +507,25 @@ def bad_calls() -> Iterator[tuple[str, Callable[[LoraAdapters], Any], str]]:
     yield "bool", lambda loras: loras.set_adapters("a", True), "a number from -1000 to 1000"
     yield "text", lambda loras: loras.set_adapters("a", "1"), "a number from -1000 to 1000"
     yield "component", lambda loras: loras.set_adapters("a", {"vae": 1.0}), "'vae' is no component"
-    yield "in it", lambda loras: loras.set_adapters("a", {"unet": {"down": 1.0}}), "a number from -1000 to 1000"
+    yield "text by block", lambda loras: loras.set_adapters("a", {"text_encoder": {"down": 1.0}}), "from -1000 to 1000"
+    yield (
+        "part",
+        lambda loras: loras.set_adapters("a", {"unet": {"left": 1.0}}),
+        "'left' is no part with attentions; give down",
+    )
+    yield "mixed", lambda loras: loras.set_adapters("a", {"down": 1.0, "unet": 1.0}), "'down' is no component"
+    yield (
+        "block",
+        lambda loras: loras.set_adapters("a", {"down": {"block_1": 1.0}}),
+        "'block_1' is no part .*give block_0",
+    )
+    yield "in a block", lambda loras: loras.set_adapters("a", {"up": {"block_1": "x"}}), "a number from -1000 to 1000"
+    yield "in a list", lambda loras: loras.set_adapters("a", {"mid": [float("nan")]}), "a number from -1000 to 1000"
+    yield (
+        "list",
+        lambda loras: loras.set_adapters("a", {"up": [1.0, 2.0, 3.0]}),
+        "3 weights for the 2 attentions of up.block_1",
+    )
     yield "deleting", lambda loras: loras.delete_adapters("c"), "'c' is not loaded"
     yield "no name", lambda loras: loras.load_lora_weights("x", adapter_name=""), "adapter_name: must be a string"
 

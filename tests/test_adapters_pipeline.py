@@ -1,6 +1,9 @@
 """Adapters on a whole Pipeline: pictures change, and come back to the last byte; under live graphs; while others draw."""
 
+import gc
+import hashlib
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,14 @@ from typer.testing import CliRunner
 
 import fastsd
 from fastsd import cli
+from fastsd.convert import convert
 from fastsd.denoise import Denoiser
 from fastsd.errors import ParameterError
 from fastsd.graph import Graphs
+from fastsd.metadata import parse_parameters
+from fastsd.model_hash import ModelHash
 from tests.adapter_builders import kohya_lora, save
+from tests.oracle import assert_equal
 from tests.test_graph import StandIn
 
 PROMPT = "a large red circle in the center on a white background"
@@ -104,7 +111,62 @@ def test_the_command_line_takes_them(own: fastsd.Pipeline, ink: Path, tmp_path: 
     own.load_lora_weights(ink, adapter_name="ink")
     own.set_adapters("ink", 0.5)
     drawn = own.generate(PROMPT, prompt_style="a1111", num_inference_steps=3, seed=2)
-    assert np.array_equal(np.asarray(Image.open(out)), np.asarray(drawn.images[0]))
+    assert_equal(np.asarray(Image.open(out)), np.asarray(drawn.images[0]), "the picture")
     missing = CliRunner().invoke(cli.app, ["generate", "-p", "x", "--lora", "no/such.safetensors", "-o", str(out)])
     assert missing.exit_code == 1
     assert "such.safetensors" in missing.stderr
+
+
+def test_a_dropped_pipeline_is_freed_at_once(ink: Path, tmp_path: Path) -> None:
+    """Its memory does not wait for the garbage collector."""
+    pipe = fastsd.Pipeline(device="cpu")
+    vectors = torch.ones(1, pipe.text_encoder.config.hidden_size)
+    save_file({"<thing>": vectors}, tmp_path / "thing.safetensors")
+    pipe.load_textual_inversion(tmp_path / "thing.safetensors")
+    pipe.load_lora_weights(ink)
+    pipe.generate(PROMPT, num_inference_steps=1, seed=0)
+    weight = weakref.ref(pipe.unet.conv_in.weight)
+    gc.disable()
+    try:
+        del pipe
+        assert weight() is None, "something still holds the weights"
+    finally:
+        gc.enable()
+
+
+def test_the_parameters_name_what_was_merged(own: fastsd.Pipeline, ink: Path, tmp_path: Path) -> None:
+    def fields(prompt: str = PROMPT, **options: Any) -> dict[str, Any]:
+        drawn = own.generate(prompt, num_inference_steps=1, seed=0, **options)
+        return parse_parameters(drawn.parameters[0])
+
+    save_file({"<thing>": torch.ones(1, own.text_encoder.config.hidden_size)}, tmp_path / "thing.safetensors")
+    own.load_textual_inversion(tmp_path / "thing.safetensors")
+    thing = hashlib.sha256((tmp_path / "thing.safetensors").read_bytes()).hexdigest()[:12]
+    content = ink.read_bytes()
+    hashed = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()[:12]
+    plain = fields()
+    assert plain["prompt"] == PROMPT
+    assert not plain.keys() & {"lora_hashes", "ti_hashes", "model_hash"}, "nothing was used, and a folder has no hash"
+    assert (
+        fields("a <THING>")["ti_hashes"] == fields("x", negative_prompt="a <thing>")["ti_hashes"] == f"<thing>: {thing}"
+    )
+    own.load_lora_weights(ink, adapter_name="some name")
+    assert fields() == plain | {"prompt": f"{PROMPT} <lora:ink:1>", "lora_hashes": f"ink: {hashed}"}
+    own.set_adapters("some name", {"unet": 0.25})
+    assert fields()["prompt"] == f"{PROMPT} <lora:ink:1:0.25>"
+    own.set_adapters("some name", {"mid": 0.25})
+    assert fields() == plain | {"lora_hashes": f"ink: {hashed}"}, "no tag can say what each block weighs"
+    own.disable_lora()
+    assert fields() == plain
+
+
+def test_a_single_file_has_its_hash(tmp_path: Path) -> None:
+    path = tmp_path / "one.safetensors"
+    convert(fastsd.pipeline.BUNDLED, path)
+    drawn = fastsd.Pipeline(path, device="cpu").generate(PROMPT, num_inference_steps=1, seed=0)
+    fields = parse_parameters(drawn.parameters[0])
+    assert fields["model_hash"] == hashlib.sha256(path.read_bytes()).hexdigest()[:10]
+
+
+def test_a_hash_that_cannot_be_taken_is_left_out(tmp_path: Path) -> None:
+    assert ModelHash(tmp_path / "gone.safetensors").get() is None

@@ -13,8 +13,7 @@ from fastsd.errors import ParameterError
 from fastsd.kernels import gemm, tuned
 from fastsd.ops import REFERENCE, StepRow
 from tests.kernels.case import DEVICE, draw
-from tests.oracle import psnr
-from tests.tolerances import IMAGE_PSNR
+from tests.oracle import assert_same_picture
 
 CPU = torch.device("cpu")
 
@@ -101,7 +100,7 @@ def test_a_picture_on_the_kernels(pipe: fastsd.Pipeline) -> None:
     arguments: dict[str, Any] = {"height": 16, "width": 16, "num_inference_steps": 1, "guidance_scale": 1.0, "seed": 3}
     ours = fastsd.Pipeline(device=DEVICE, dtype="float32", backend="triton")
     drawn, expected = (one.generate("a blue square", output_type="np", **arguments).images for one in (ours, pipe))
-    assert psnr(drawn, expected) >= IMAGE_PSNR
+    assert_same_picture(drawn, expected, "on the kernels")
 
 
 def test_ops_of_ones_own_mixing() -> None:

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 from typer.testing import CliRunner, Result
 
@@ -99,6 +100,9 @@ def test_defaults(stand_in: type[StandIn]) -> None:
             "backend": "auto",
             "variant": None,
             "revision": None,
+            "vae": None,
+            "use_ema": False,
+            "prediction_type": None,
             "allow_pickle": False,
         }
     ]
@@ -117,6 +121,8 @@ def test_defaults(stand_in: type[StandIn]) -> None:
             "schedule": None,
             "clip_skip": None,
             "prompt_style": "a1111",
+            "rng": "cpu",
+            "step_noise": "independent",
         }
     ]
     assert result.stdout == "out.png\tseed 41\n", "a random seed is told"
@@ -130,7 +136,8 @@ def test_every_option_arrives(stand_in: type[StandIn]) -> None:
         *("--sampling-method", "Euler a", "--scheduler", "karras", "--clip-skip", "3", "--eta", "0.5"),
         *("--prompt-style", "plain"),
         *("--output", "x.webp", "--device", "cuda:1", "--dtype", "bf16", "--backend", "reference"),
-        *("--variant", "fp16", "--revision", "main", "--allow-pickle", "--debug", "--quiet"),
+        *("--variant", "fp16", "--revision", "main", "--vae", "v.safetensors", "--allow-pickle", "--debug", "--quiet"),
+        *("--use-ema", "--prediction-type", "epsilon", "--guidance-rescale", "0.7", "--timesteps", "900,500.5, 3"),
     )
     assert result.exit_code == 0, result.output
     assert stand_in.made == [
@@ -141,6 +148,9 @@ def test_every_option_arrives(stand_in: type[StandIn]) -> None:
             "backend": "reference",
             "variant": "fp16",
             "revision": "main",
+            "vae": "v.safetensors",
+            "use_ema": True,
+            "prediction_type": "epsilon",
             "allow_pickle": True,
         }
     ]
@@ -154,12 +164,38 @@ def test_every_option_arrives(stand_in: type[StandIn]) -> None:
         "guidance_scale": 4.5,
         "num_images_per_prompt": 1,
         "eta": 0.5,
+        "guidance_rescale": 0.7,
+        "timesteps": [900.0, 500.5, 3.0],
         "seed": 2**64 - 1,
         "sampler": "Euler a",
         "schedule": "karras",
         "clip_skip": 2,  # diffusers' count
         "prompt_style": "plain",
+        "rng": "cpu",
+        "step_noise": "independent",
     }
+
+
+def test_levels_of_the_noise_are_numbers(stand_in: type[StandIn]) -> None:
+    assert invoke("generate", "-p", "x", "--sigmas", "14.6,1,0.03").exit_code == 0
+    assert stand_in.asked[0]["sigmas"] == [14.6, 1.0, 0.03]
+    for option in ("--timesteps", "--sigmas"):
+        result = invoke("generate", "-p", "x", option, "3;2")
+        assert result.exit_code == 2
+        assert_one_line_error(result.stderr, f"{option}: '3;2' must be numbers with commas between")
+
+
+def options_of(command: Any, path: str) -> Iterator[tuple[str, Any]]:
+    yield from ((f"{path} {parameter.name}", parameter) for parameter in command.params)
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from options_of(inner, f"{path} {name}")
+
+
+def test_every_option_has_a_help_text() -> None:
+    found = dict(options_of(typer.main.get_command(cli.app), "fastsd"))
+    assert len(found) > 80, "the commands were not walked through"
+    silent = [path for path, parameter in found.items() if not getattr(parameter, "help", None)]
+    assert not silent, f"without a help text: {', '.join(silent)}"
 
 
 def test_short_options_are_the_long_ones(stand_in: type[StandIn]) -> None:

@@ -16,9 +16,10 @@ from fastsd.denoise import Denoiser
 from fastsd.graph import Graphs
 from fastsd.sampling import SAMPLERS, NoiseSchedule, Table, make_table
 from tests import oracle
+from tests.oracle import assert_same_picture
 from tests.sampling import sampler_cases
 from tests.test_graph import StandIn
-from tests.tolerances import IMAGE_PSNR, NOISE_LEVEL
+from tests.tolerances import NOISE_LEVEL
 
 PROMPT = "a large blue circle in the center on a white background"
 PIPELINES = {
@@ -69,11 +70,6 @@ def with_scheduler(pipe: Any, sampler: str, schedule: str) -> Any:
 
 def generators(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-def assert_same_picture(ours: Any, expected: Any, what: str) -> None:
-    quality = oracle.psnr(np.asarray(ours), np.asarray(expected))
-    assert quality >= IMAGE_PSNR, f"{what}: PSNR {quality:.1f} dB against diffusers, at least {IMAGE_PSNR} is asked"
 
 
 def as_floats(image: Image.Image) -> np.ndarray:

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastsd.backends import onednn_ops
 from fastsd.kernels import onednn
 from fastsd.ops import REFERENCE, Ops, Shortcut, StepRow
+from tests.measured import measured
 from tests.oracle import nchw, nhwc, relative_l2
 from tests.tolerances import OPS
 
@@ -34,6 +35,7 @@ def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float32, scale: floa
 def check(name: str, value: Tensor, truth: Tensor, plain: Tensor | None = None) -> None:
     """value within its dtype's gate of the fp64 truth, and no worse than twice plain PyTorch's error."""
     error, gate = relative_l2(value, truth), OPS[name][value.dtype]
+    measured("relative L2", error, gate)
     assert error <= gate, f"{name} {value.dtype}: relative L2 error {error:.1e} > {gate:.0e}"
     if plain is not None:
         limit = 2 * relative_l2(plain, truth) + 1e-6
@@ -243,6 +245,18 @@ def test_upsample_conv2d(ops: Ops, dtype: torch.dtype, size: tuple[int, int] | N
     large = large if size is None else large[:, : size[0], : size[1]]
     truth = nhwc(F.conv2d(nchw(large), w.double(), b.double(), padding=1))
     check("conv2d", ops.upsample_conv2d(x, w, b, size), truth)
+
+
+@by_dtype
+def test_step_input(dtype: torch.dtype) -> None:
+    """The counter's row of each image's weights; what is shared by the two sides of guidance is laid down twice."""
+    state, weights, time_bias = draw(3, 2, 4, 5, 4, seed=0), draw(6, 2, 3, seed=1), draw(7, 32, seed=2, dtype=dtype)
+    time_rows = torch.tensor([[0, 6], [1, 5], [2, 4], [3, 3], [4, 2], [5, 1]], dtype=torch.int32)
+    counter = torch.tensor([4, 0, 6, 6], dtype=torch.int32)
+    x, time = REFERENCE.step_input(state, weights, time_bias, time_rows, counter, copies=2)
+    truth = torch.stack([(weights[4, b, :, None, None, None].double() * state[:, b].double()).sum(0) for b in (0, 1)])
+    check("step_input", x, truth.repeat(2, 1, 1, 1))
+    assert torch.equal(time, time_bias[[4, 2, 4, 2]])
 
 
 def test_sampler_step() -> None:

@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import pytest
 import torch
 
 import fastsd
 from tests import oracle
-from tests.tolerances import IMAGE_PSNR, NET
+from tests.oracle import assert_same_picture
+from tests.tolerances import NET
 
 PROMPT = "a green triangle above an orange ring on a black background"
 
@@ -26,11 +26,6 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "euler karras": ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, {}),
     "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}, {}),
 }
-
-
-def assert_same_picture(ours: Any, theirs: Any, what: str) -> None:
-    quality = oracle.psnr(np.asarray(ours), np.asarray(theirs))
-    assert quality >= IMAGE_PSNR, f"{what}: PSNR {quality:.1f} dB against diffusers, at least {IMAGE_PSNR} is asked"
 
 
 def with_scheduler(

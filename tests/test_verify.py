@@ -1,5 +1,6 @@
 """`fastsd verify`: the bundled model passes, and what is wrong is named."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ from fastsd.backends import select_ops, triton_ops
 from fastsd.ops import Ops
 from tests import tolerances
 from tests.kernels.case import draw
+from tests.measured import measured
 
 
 def invoke(*arguments: str) -> Result:
@@ -24,6 +26,9 @@ def invoke(*arguments: str) -> Result:
 def verdicts(stdout: str) -> dict[str, str]:
     """Each row's name and verdict."""
     rows = [line for line in stdout.splitlines()[2:] if line]
+    for name, _, worst, _, gate, *_ in (re.split(r"\s{2,}", row) for row in rows):
+        if name in verify.OPS:
+            measured("relative L2", float(worst), float(gate))
     return {row.split("  ")[0].strip(): "FAILED" if "  FAILED" in row else "ok" for row in rows}
 
 

@@ -8,7 +8,7 @@ A formula is computed twice: from the factors' shapes when a file is checked, an
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import NamedTuple
 
@@ -109,7 +109,7 @@ def rank_of(factors: Factors) -> int | None:
     return next((factors[name].shape[0] for name in _OF_RANK if name in factors), None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Delta:
     """scale · formula(factors), for a weight of `shape`."""
 
@@ -117,7 +117,46 @@ class Delta:
     factors: dict[str, Tensor]
     scale: float
     shape: Shape
+    bound: float = math.inf
+    """No element of formula(factors) is larger; see `bound_of`."""
 
     def value(self) -> Tensor:
         """formula(factors) in fp32, without the scale."""
         return self.formula.value({name: factor.float() for name, factor in self.factors.items()}).reshape(self.shape)
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it is one product of two matrices: a LoRA without a middle."""
+        return self.factors.keys() == {"up", "down"}
+
+    def add_to(self, total: Tensor, scale: float, part: slice) -> None:
+        """total += scale·ΔW[part], in place; total: some rows of [O, K], fp32, as `rows` lays them out."""
+        if self.is_product:
+            total.addmm_(self.factors["up"][part], rows(self.factors["down"]), alpha=scale)
+        else:
+            total.add_(rows(channels_last(self.value()))[part], alpha=scale)
+
+    def on(self, device: torch.device) -> "Delta":
+        """With its factors there, and as `add_to` reads them."""
+        factors = {part: factor.to(device).contiguous() for part, factor in self.factors.items()}
+        if self.is_product:
+            down = factors["down"].float().reshape(-1, *self.shape[1:])
+            factors = {"up": factors["up"].float().flatten(1), "down": channels_last(down)}
+        return replace(self, factors=factors)
+
+
+def rows(weight: Tensor) -> Tensor:
+    """A weight [O, I] or, lying channels last, [O, I, h, w] as a matrix [O, K], K = I or h·w·I: a view of it."""
+    return weight if weight.ndim == 2 else weight.permute(0, 2, 3, 1).view(len(weight), -1)
+
+
+def channels_last(weight: Tensor) -> Tensor:
+    return weight if weight.ndim == 2 else weight.contiguous(memory_format=torch.channels_last)
+
+
+def bound_of(factors: Factors) -> float:
+    """What no element of ΔW exceeds, by the largest of each factor; infinite for all but a LoRA without a middle."""
+    if factors.keys() != {"up", "down"}:
+        return math.inf
+    up, down = (float(factors[name].double().abs().max()) for name in ("up", "down"))
+    return up * down * factors["down"].shape[0]

@@ -6,14 +6,14 @@ keys ─► layer and factor ─► a formula a layer ─► the shape it gives 
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastsd.adapters.deltas import FORMULAS, Delta, rank_of
+from fastsd.adapters.deltas import FORMULAS, Delta, bound_of, rank_of
 from fastsd.adapters.lora_keys import Layer, foreign, layer_shapes, spellings, split_key
-from fastsd.checkpoints.lora import open_lora, training_config
+from fastsd.checkpoints.lora import find_lora, open_lora, read_hashed, training_config
 from fastsd.checkpoints.weights import WeightFile
 from fastsd.config import UNetConfig
 from fastsd.errors import CheckpointError
@@ -26,17 +26,33 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _TRAINED_FOR = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
 
 
-def read_layers(
-    path: str | Path, nets: Mapping[str, nn.Module], weight_name: str | None = None, allow_pickle: bool = False
-) -> dict[Layer, Delta]:
-    """What a LoRA, LoHa or LoKr file adds to each layer of `nets` ("unet", "text_encoder"), its factors on the CPU.
+class LoraFile(NamedTuple):
+    """A LoRA as it was read."""
 
-    path, weight_name, allow_pickle: as `fastsd.checkpoints.lora.open_lora` takes them. The scale is alpha / rank; without an
-    alpha it is 1, as it is where no factor is of low rank.
-    Raises CheckpointError, naming ten keys at most, for what `open_lora` refuses, for keys of layers that the model has not,
-    factors that are missing or do not fit, DoRA, other models' LoRAs, and values that are not finite.
+    name: str
+    """The file's, without its suffix."""
+    sha256: str
+    """See `fastsd.checkpoints.lora.read_hashed`."""
+    layers: dict[Layer, Delta]
+    """What it adds to each layer, its factors on the CPU."""
+
+
+def read_lora(
+    path: str | Path,
+    nets: Mapping[str, nn.Module],
+    weight_name: str | None = None,
+    allow_pickle: bool = False,
+    **hub: Any,
+) -> LoraFile:
+    """A LoRA, LoHa or LoKr file for layers of `nets` ("unet", "text_encoder").
+
+    path, weight_name, hub: as `fastsd.checkpoints.lora.find_lora` takes them; allow_pickle: as `open_lora`. The scale is
+    alpha / rank; without an alpha it is 1, as it is where no factor is of low rank.
+    Raises CheckpointError, naming ten keys at most, for what these refuse, for keys of layers that the model has not, factors
+    that are missing or do not fit, DoRA, other models' LoRAs, and values that are not finite.
     """
-    file = open_lora(path, weight_name, allow_pickle)
+    place = find_lora(path, weight_name, **hub)
+    file = open_lora(place, allow_pickle)
     shapes = layer_shapes(nets)
     config = nets["unet"].config
     assert isinstance(config, UNetConfig)
@@ -45,11 +61,12 @@ def read_layers(
         _check_factors(file, layer, keys)
     _check_shapes(file, layers, shapes)
     settings = training_config(file)
-    tensors = file.read()
+    tensors, sha256 = read_hashed(file, place)
     damaged = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
     if damaged:
         raise CheckpointError(f"{file.label}: NaN or infinite values in {len(damaged)} tensors ({listed(damaged)})")
-    return {layer: _delta(file, layer, keys, tensors, settings, shapes[layer]) for layer, keys in layers.items()}
+    deltas = {layer: _delta(file, layer, keys, tensors, settings, shapes[layer]) for layer, keys in layers.items()}
+    return LoraFile(place.stem, sha256, deltas)
 
 
 def _group(file: WeightFile, known: Mapping[str, Layer]) -> dict[Layer, Keys]:
@@ -132,13 +149,14 @@ def _delta(
 ) -> Delta:
     factors = {part: tensors[key] for part, key in keys.items() if part != "alpha"}
     rank = rank_of(factors)
-    formula = FORMULAS[frozenset(factors)]
     if rank is None:
-        return Delta(formula, factors, 1.0, shape)
-    if "alpha" in keys:
-        return Delta(formula, factors, float(tensors[keys["alpha"]]) / rank, shape)
-    divisor = math.sqrt(rank) if settings.get(f"{layer[0]}.use_rslora") else rank
-    return Delta(formula, factors, _trained_alpha(file, layer, settings, rank) / divisor, shape)
+        scale = 1.0
+    elif "alpha" in keys:
+        scale = float(tensors[keys["alpha"]]) / rank
+    else:
+        divisor = math.sqrt(rank) if settings.get(f"{layer[0]}.use_rslora") else rank
+        scale = _trained_alpha(file, layer, settings, rank) / divisor
+    return Delta(FORMULAS[frozenset(factors)], factors, scale, shape, bound_of(factors))
 
 
 def _trained_alpha(file: WeightFile, layer: Layer, settings: Mapping[str, Any], rank: int) -> float:

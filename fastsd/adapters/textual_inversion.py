@@ -3,9 +3,10 @@
 Gal et al. 2022, arXiv 2208.01618. A word of n vectors is encoded as n tokens.
 """
 
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +32,11 @@ class TextualInversions:
 
     def __init__(self, model: TextModel, lock: SwapLock) -> None:
         """lock: what those who use the tokenizer and the text encoder hold as well, by `SwapLock.using`."""
-        self._model = model
+        self._model = weakref.proxy(model)  # which holds this: else its memory would wait for the garbage collector
         self._lock = lock
         self._vectors: dict[str, Tensor] = {}
+        self._hashes: dict[str, str] = {}
+        """A word's file: its SHA-256."""
         self._originals: tuple[Tokenizer, Tensor] | None = None
 
     def load_textual_inversion(
@@ -42,17 +45,19 @@ class TextualInversions:
         token: str | None = None,
         weight_name: str | None = None,
         allow_pickle: bool = False,
+        **hub: Any,
     ) -> str:
         """Teach the model a word, from a file of A1111's kind or diffusers'. → the word to write in prompts.
 
-        path: the file, or a folder with `weight_name` in it. token: the word, instead of the file's own (A1111's safetensors
-        have none: the file's name without its suffix). allow_pickle: also read `.pt` and `.bin` (never code).
-        Raises CheckpointError for the file and for vectors of another width than the model's, and ParameterError for a word
-        that is in the vocabulary already; nothing has changed then.
+        path: the file, or a folder or a repository of the Hugging Face Hub (`owner/name`) with `weight_name` in it. token: the
+        word, instead of the file's own (A1111's safetensors have none: the file's name without its suffix). allow_pickle: also
+        read `.pt` and `.bin` (never code). hub: revision, cache_dir, local_files_only, as huggingface_hub takes them.
+        Raises CheckpointError (HubError for the Hub) for the file and for vectors of another width than the model's, and
+        ParameterError for a word that is in the vocabulary already; nothing has changed then.
         """
         if token is not None and not isinstance(token, str):
             raise ParameterError(f"token: must be a string, not {quoted(token)}")
-        label, word, vectors = read_embedding(path, weight_name, allow_pickle)
+        label, word, vectors, sha256 = read_embedding(path, weight_name, allow_pickle, **hub)
         word = word if token is None else token
         weight = self._model.text_encoder.embeddings.token_embedding.weight
         room = self._model.tokenizer.max_length - 2
@@ -67,6 +72,7 @@ class TextualInversions:
         with self._lock.swapping():
             if word in self._vectors:
                 raise ParameterError(f"token: {quoted(word)} is loaded already; unload it first, or choose another")
+            self._hashes[word] = sha256
             self._set(self._vectors | {word: vectors})
         return word
 
@@ -82,6 +88,10 @@ class TextualInversions:
                     loaded = listed(self._vectors) or "none"
                     raise ParameterError(f"tokens: {quoted(word)} is not loaded; loaded: {loaded}")
             self._set({word: vectors for word, vectors in self._vectors.items() if word not in words})
+
+    def hashes(self) -> dict[str, str]:
+        """The words that are loaded → the SHA-256 of their files, in hex."""
+        return {word: self._hashes[word] for word in self._vectors}
 
     def _set(self, vectors: dict[str, Tensor]) -> None:
         """Have exactly these words, beside the original vocabulary. Within `swapping`."""

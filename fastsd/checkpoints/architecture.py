@@ -6,7 +6,12 @@ Used only to word an error: nothing is loaded on its evidence.
 import re
 from collections.abc import Collection
 
-COMPONENT_NAMES = {"unet": "the UNet", "vae": "the VAE", "text_encoder": "the text encoder"}
+COMPONENT_NAMES = {
+    "unet": "the UNet",
+    "vae": "the VAE",
+    "text_encoder": "the text encoder",
+    "taesd": "TAESD's decoder",
+}
 
 INPUT_CHANNELS = {
     5: "a depth-to-image UNet (5 input channels)",

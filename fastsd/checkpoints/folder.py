@@ -5,13 +5,14 @@ model_index.json   unet/  vae/  text_encoder/  (config.json, weights)   schedule
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastsd.checkpoints.architecture import INPUT_CHANNELS, RUN_INPUT_CHANNELS
+from fastsd.checkpoints.autoencoder import CLASSES, AutoencoderFiles
 from fastsd.checkpoints.strict_json import read_json
 from fastsd.checkpoints.weight_files import COMPONENTS, choose_local, open_weights
 from fastsd.checkpoints.weights import WeightFile, fill_module
@@ -47,7 +48,7 @@ _FAMILIES = (
     ("Kandinsky", "Kandinsky"),
 )
 
-_CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
+_CLASSES = {"unet": ("UNet2DConditionModel",), "vae": CLASSES}
 
 _SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
@@ -64,6 +65,8 @@ class ModelFolder:
     tokenizer: Path
     variant: str | None
     allow_pickle: bool
+    vae_files: list[WeightFile] | None = field(default=None, repr=False)
+    """Those of an autoencoder that was taken instead of the folder's."""
 
     def load_weights(self, component: str, module: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> None:
         """Fill `module`, built on the meta device, with 'unet', 'vae' or 'text_encoder'.
@@ -82,15 +85,20 @@ class ModelFolder:
 
     def weight_files(self, component: str) -> list[WeightFile]:
         """The files of one component, their headers read and checked."""
-        return open_weights(self.path, component, self.variant, self.allow_pickle)
+        if component == "vae" and self.vae_files is not None:
+            return self.vae_files
+        return open_weights(self.path / component, component, self.variant, self.allow_pickle)
 
 
-def open_folder(path: Path, *, variant: str | None = None, allow_pickle: bool = False) -> ModelFolder:
+def open_folder(
+    path: Path, *, variant: str | None = None, allow_pickle: bool = False, vae: AutoencoderFiles | None = None
+) -> ModelFolder:
     """Check the layout and JSON of the diffusers folder `path`, and that weights are there; read none.
 
     `variant` picks `*.{variant}.safetensors`, e.g. "fp16", and where only some components have it the plain file of the
     others, which is logged (logger "fastsd"); None takes the plain file, else the only variant there is.
     `allow_pickle` also accepts `.bin` files where there are no safetensors. Code in the folder is never run.
+    `vae`: an autoencoder to take instead of the folder's.
 
     Raises CheckpointError if the folder is missing, incomplete, or holds another architecture.
     """
@@ -99,7 +107,13 @@ def open_folder(path: Path, *, variant: str | None = None, allow_pickle: bool = 
     for component, choice in choose_local(path, variant, allow_pickle).items():
         if variant is not None and choice.variant != variant:
             logger.warning("%s/ holds no variant %s; %s is read", component, quoted(variant), choice.name)
-    return ModelFolder(path=path, tokenizer=path / "tokenizer", variant=variant, allow_pickle=allow_pickle, **configs)
+    files = None
+    if vae is not None:
+        configs["vae"] = vae.config_in(configs["vae"], configs["unet"], _show(path))
+        files = vae.files
+    return ModelFolder(
+        path=path, tokenizer=path / "tokenizer", variant=variant, allow_pickle=allow_pickle, vae_files=files, **configs
+    )
 
 
 def read_layout(path: Path) -> dict[str, dict[str, Any]]:
@@ -164,9 +178,10 @@ def _without_index(path: Path) -> str:
 def _check_classes(configs: dict[str, dict[str, Any]]) -> None:
     """Refuse configs of other classes. Files that say nothing of their class are left to the comparison of names."""
     for component, expected in _CLASSES.items():
-        name = configs[component].get("_class_name", expected)
-        if name != expected:
-            raise CheckpointError(f"{CONFIG_FILES[component]} describes a {shown(str(name))}, not a {expected}")
+        name = configs[component].get("_class_name", expected[0])
+        if name not in expected:
+            wanted = " or ".join(expected)
+            raise CheckpointError(f"{CONFIG_FILES[component]} describes a {shown(str(name))}, not a {wanted}")
     names = configs["text_encoder"].get("architectures") or ["CLIPTextModel"]
     if not isinstance(names, list) or "CLIPTextModel" not in names:
         raise CheckpointError(f"text_encoder/config.json describes {shown(str(names))}, not a CLIPTextModel")

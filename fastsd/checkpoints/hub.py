@@ -5,18 +5,20 @@ HF_HUB_OFFLINE). What is added here: less to download, SHA-256 of what was, and 
 """
 
 import errno
+import glob
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastsd.checkpoints.autoencoder import SUBFOLDERS, find_autoencoder, read_config
 from fastsd.checkpoints.file_bytes import file_sha256
 from fastsd.checkpoints.folder import CONFIG_FILES, read_layout
-from fastsd.checkpoints.weight_files import COMPONENTS, choose_all, choose_local, remote_files
+from fastsd.checkpoints.weight_files import COMPONENTS, choose, choose_all, choose_local, open_weights, remote_files
 from fastsd.errors import CheckpointError, HubError
 from fastsd.wording import shown
 
@@ -77,41 +79,140 @@ def resolve(
     Raises CheckpointError if there is no such folder or it is not a model fastsd runs, HubError if the hub does not
     give it: offline and not cached, unauthorised, gated, unknown repository or revision, or a broken download.
     """
+    source = _local_or_source(name_or_path, revision, token, cache_dir, local_files_only)
+    if isinstance(source, Path):
+        return source
+    folder = _fetch_configs(source, SMALL_FILES)
+    _check_layout(source, folder)
+    _fetch_weights(
+        source, folder, lambda listing: _needed(source, listing, variant), lambda: choose_local(folder, variant, False)
+    )
+    return folder
+
+
+def resolve_autoencoder(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The same for an autoencoder alone: of a repository the folder that holds it, its root or vae/ or vqvae/, and that only."""
+    source = _local_or_source(name_or_path, revision, token, cache_dir, local_files_only)
+    if isinstance(source, Path):
+        return source
+    root = _fetch_configs(source, tuple(f"{name}/config.json".lstrip("/") for name in SUBFOLDERS))
+    try:
+        folder = find_autoencoder(root)
+        read_config(folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    start = "" if folder == root else f"{folder.name}/"
+
+    def needed(listing: "list[RepoFile]") -> "Iterator[RepoFile]":
+        by_name = {file.path[len(start) :]: file for file in listing if file.path.rpartition("/")[0] == start[:-1]}
+        for name in _remote(source, by_name, variant):
+            yield by_name[name]
+
+    _fetch_weights(source, root, needed, lambda: open_weights(folder, "vae", variant, False))
+    return folder
+
+
+def resolve_file(
+    repo_id: str,
+    choose: Callable[[Sequence[str]], str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """One file at the top of a hub repository, downloaded or cached.
+
+    choose: the names of the files there → the one that is wanted; its errors are passed on. Raises HubError as `resolve` does.
+    """
+    source = _Source(repo_id, revision, token, Path(cache_dir) if cache_dir is not None else None, local_files_only)
+    folder = _fetch_configs(source, ())
+    chosen: list[str] = []
+
+    def needed(listing: "list[RepoFile]") -> "Iterator[RepoFile]":
+        files = {file.path: file for file in listing if "/" not in file.path}
+        chosen.append(choose(list(files)))
+        yield files[chosen[0]]
+
+    def find() -> None:
+        chosen.append(choose(os.listdir(folder) if folder.is_dir() else []))
+
+    _fetch_weights(source, folder, needed, find)
+    return folder / chosen[0]
+
+
+def _remote(source: _Source, names: Iterable[str], variant: str | None) -> list[str]:
+    names = list(names)
+    try:
+        return remote_files(choose("vae", names, variant, allow_pickle=False), "vae", names)
+    except CheckpointError as error:
+        raise HubError(f"{source}: {error} (only safetensors are downloaded)") from error
+
+
+def _local_or_source(
+    name_or_path: str | Path,
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | Path | None,
+    local_files_only: bool,
+) -> Path | _Source:
+    """What is there as a path, and else what the hub is to be asked for. CheckpointError for what can be neither."""
     if str(name_or_path) and os.path.exists(name_or_path):
         return Path(name_or_path)
-    if isinstance(name_or_path, Path) or not _is_repo_id(name_or_path):
+    if isinstance(name_or_path, Path) or not is_repo_id(name_or_path):
         raise CheckpointError(
             f"no such folder: {shown(str(name_or_path), 300)!r} (a model on the hub is named owner/name)"
         )
     directory = Path(cache_dir) if cache_dir is not None else None
-    return _from_hub(_Source(name_or_path, revision, token, directory, local_files_only), variant)
+    return _Source(name_or_path, revision, token, directory, local_files_only)
 
 
-def _is_repo_id(name: str) -> bool:
+def is_repo_id(name: str) -> bool:
+    """Whether a repository of the hub may be called so."""
     return len(name) <= 96 and ".." not in name and "--" not in name and _REPO_ID.fullmatch(name) is not None
 
 
-def _from_hub(source: _Source, variant: str | None) -> Path:
-    folder = _snapshot(source, source.revision, list(SMALL_FILES))
-    commit = folder.name
+def _fetch_configs(source: _Source, files: Sequence[str]) -> Path:
+    """The folder of the revision's commit, with these of its files."""
+    folder = _snapshot(source, source.revision, list(files))
     if source.revision is None or not _COMMIT.fullmatch(source.revision):
-        logger.info("%s: revision %s is commit %s", source.repo_id, source.revision or "main", commit)
-    _check_layout(source, folder)
+        logger.info("%s: revision %s is commit %s", source.repo_id, source.revision or "main", folder.name)
+    return folder
+
+
+def _fetch_weights(
+    source: _Source,
+    folder: Path,
+    needed: "Callable[[list[RepoFile]], Iterable[RepoFile]]",
+    find: Callable[[], object],
+) -> None:
+    """Download what is needed of the repository's files and is not there.
+
+    find: what raises CheckpointError unless all of it is there.
+    """
+    commit = folder.name
     try:
-        listing = _list_weights(source, commit)
+        listing = _list_files(source, commit)
     except HubError as error:
         # Not reachable, though the configs came out of the cache: the weights may be there as well.
-        if not _is_complete(folder, variant):
+        if not _is_complete(find):
             raise
         logger.info("%s: taken from the cache (%s)", source, error)
-        return folder
-    wanted = {file.path: file for file in _needed(source, listing, variant)}
+        return
+    wanted = {file.path: file for file in needed(listing)}
     fresh = [name for name in wanted if not os.path.exists(folder / name)]
     if fresh:
         _snapshot(source, commit, list(wanted))
     for name in fresh:
         _verify(source, folder / name, wanted[name])
-    return folder
 
 
 def _snapshot(source: _Source, revision: str | None, files: list[str]) -> Path:
@@ -125,7 +226,7 @@ def _snapshot(source: _Source, revision: str | None, files: list[str]) -> Path:
                 token=source.token,
                 cache_dir=source.cache_dir,
                 local_files_only=source.local_files_only,
-                allow_patterns=files,
+                allow_patterns=[glob.escape(file) for file in files],
             )
         )
 
@@ -140,7 +241,7 @@ def _check_layout(source: _Source, folder: Path) -> None:
         raise CheckpointError(f"{source}: {error}") from error
 
 
-def _list_weights(source: _Source, commit: str) -> "list[RepoFile]":
+def _list_files(source: _Source, commit: str) -> "list[RepoFile]":
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
@@ -150,7 +251,7 @@ def _list_weights(source: _Source, commit: str) -> "list[RepoFile]":
         )
     with _explained(source):
         tree = HfApi(token=source.token).list_repo_tree(source.repo_id, recursive=True, revision=commit)
-        return [item for item in tree if isinstance(item, RepoFile) and item.path.split("/")[0] in COMPONENTS]
+        return [item for item in tree if isinstance(item, RepoFile)]
 
 
 def _needed(source: _Source, listing: "list[RepoFile]", variant: str | None) -> "Iterator[RepoFile]":
@@ -168,9 +269,9 @@ def _needed(source: _Source, listing: "list[RepoFile]", variant: str | None) -> 
             yield by_path[f"{component}/{name}"]
 
 
-def _is_complete(folder: Path, variant: str | None) -> bool:
+def _is_complete(find: Callable[[], object]) -> bool:
     try:
-        choose_local(folder, variant, allow_pickle=False)
+        find()
     except CheckpointError:
         return False
     return True

@@ -26,11 +26,13 @@ RENAMES: dict[str, tuple[Rename, ...]] = {
     ),
     # transformers before 5 wrapped the text model
     "text_encoder": (Rename(re.compile(r"text_model\.(.+)"), r"\1"),),
+    "taesd": (),
 }
 
 DROPPED: dict[str, frozenset[str]] = {
     "unet": frozenset(),
     "vae": frozenset(),
+    "taesd": frozenset(),
     # 0..76, a buffer that transformers before 4.31 saved
     "text_encoder": frozenset({"embeddings.position_ids"}),
 }

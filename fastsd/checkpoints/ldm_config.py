@@ -1,7 +1,7 @@
 """The configs of a single file's nets, as diffusers would write them, from the names and shapes of its tensors.
 
 What shapes cannot tell is what latent diffusion always does: 32 groups, 8 heads (SD 1.x) or heads of 64 (SD 2.x), a scaling
-factor of 0.18215, 1000 timesteps of scaled-linear betas.
+factor of 0.18215 (of a codebook's latents 1), 1000 timesteps of scaled-linear betas.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,6 +15,7 @@ Json = dict[str, Any]
 
 HEAD_DIM = 64  # of OpenCLIP's UNet and of both text encoders
 SD1_HEADS = 8
+SCALING_FACTORS = {"AutoencoderKL": 0.18215, "VQModel": 1.0}
 EPSILON_512_STEP = 875_000
 """The `global_step` of SD 2.0-base, by which diffusers tells 512 pixels and epsilon from 768 and v."""
 
@@ -56,7 +57,8 @@ def configs(shapes: Shapes, global_step: int | None = None, prediction_type: str
     if prediction_type is None:
         epsilon = not unet["use_linear_projection"] or global_step == EPSILON_512_STEP
         prediction_type = "epsilon" if epsilon else "v_prediction"
-    vae = _vae(shapes)
+    vae = autoencoder(shapes, VAE)
+    vae["scaling_factor"] = SCALING_FACTORS[vae["_class_name"]]
     # SD 2.x was finished at 512 pixels predicting epsilon, and at 768 predicting v
     unet["sample_size"] = 96 if unet["use_linear_projection"] and prediction_type == "v_prediction" else 64
     vae["sample_size"] = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
@@ -108,28 +110,38 @@ def _unet(shapes: Shapes) -> Json:
     }
 
 
-def _vae(shapes: Shapes) -> Json:
-    levels = shapes.count(f"{VAE}encoder.down.{{}}")
-    down = [shapes.has(f"{VAE}encoder.down.{level}.attn") for level in range(levels)]
-    up = [shapes.has(f"{VAE}decoder.up.{level}.attn") for level in reversed(range(levels))]
-    return {
-        "_class_name": "AutoencoderKL",
+def autoencoder(shapes: Shapes, start: str) -> Json:
+    """The config of the autoencoder whose names begin with `start`, but for the scaling factor, which no tensor tells."""
+    levels = shapes.count(f"{start}encoder.down.{{}}")
+    down = [shapes.has(f"{start}encoder.down.{level}.attn") for level in range(levels)]
+    up = [shapes.has(f"{start}decoder.up.{level}.attn") for level in reversed(range(levels))]
+    z_channels = shapes.shape(f"{start}decoder.conv_in.weight", 2)[1]
+    config: Json = {
         "act_fn": "silu",
         "block_out_channels": [
-            shapes.shape(f"{VAE}encoder.down.{level}.block.0.conv1.weight", 1)[0] for level in range(levels)
+            shapes.shape(f"{start}encoder.down.{level}.block.0.conv1.weight", 1)[0] for level in range(levels)
         ],
         "down_block_types": ["AttnDownEncoderBlock2D" if attention else "DownEncoderBlock2D" for attention in down],
-        "in_channels": shapes.shape(f"{VAE}encoder.conv_in.weight", 2)[1],
-        "latent_channels": shapes.shape(f"{VAE}decoder.conv_in.weight", 2)[1],
-        "layers_per_block": shapes.count(f"{VAE}encoder.down.0.block.{{}}"),
-        "mid_block_add_attention": shapes.has(f"{VAE}decoder.mid.attn_1"),
+        "in_channels": shapes.shape(f"{start}encoder.conv_in.weight", 2)[1],
+        "latent_channels": z_channels,
+        "layers_per_block": shapes.count(f"{start}encoder.down.0.block.{{}}"),
+        "mid_block_add_attention": shapes.has(f"{start}decoder.mid.attn_1"),
         "norm_num_groups": 32,
-        "out_channels": shapes.shape(f"{VAE}decoder.conv_out.weight", 1)[0],
-        "scaling_factor": 0.18215,
+        "out_channels": shapes.shape(f"{start}decoder.conv_out.weight", 1)[0],
         "up_block_types": ["AttnUpDecoderBlock2D" if attention else "UpDecoderBlock2D" for attention in up],
-        "use_post_quant_conv": shapes.has(f"{VAE}post_quant_conv"),
-        "use_quant_conv": shapes.has(f"{VAE}quant_conv"),
     }
+    if levels > 1 and not shapes.has(f"{start}encoder.down.0.downsample.conv"):
+        config["resamp_with_conv"] = False
+    if any(shapes.has(f"{start}encoder.down.{level}.block.0.conv_shortcut") for level in range(levels)):
+        config["use_conv_shortcut"] = True
+    if shapes.has(f"{start}quantize"):
+        entries, width = shapes.shape(f"{start}quantize.embedding.weight", 2)[:2]
+        return config | {"_class_name": "VQModel", "num_vq_embeddings": entries, "vq_embed_dim": width}
+    before, behind = shapes.has(f"{start}quant_conv"), shapes.has(f"{start}post_quant_conv")
+    width = shapes.shape(f"{start}post_quant_conv.weight", 2)[1] if behind else z_channels
+    if width != z_channels:
+        config["embed_dim"] = width
+    return config | {"_class_name": "AutoencoderKL", "use_post_quant_conv": behind, "use_quant_conv": before}
 
 
 def _text_encoder(shapes: Shapes) -> Json:

@@ -34,7 +34,7 @@ _RESNET = {
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }
-_VAE_RESNET = {name: name for name in ("norm1", "conv1", "norm2", "conv2")} | {"nin_shortcut": "conv_shortcut"}
+_VAE_RESNET = {name: name for name in ("norm1", "conv1", "norm2", "conv2")}
 _VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 _OPEN_CLIP_LAYER = {
     "ln_1": "layer_norm1",
@@ -48,12 +48,12 @@ _OPEN_CLIP_LAYER = {
 _IGNORED = re.compile(
     "|".join(
         (
-            r"model_ema\..+",  # read instead of the UNet's own if asked for
             # buffers of the training loop
             r"betas|(sqrt_)?(one_minus_)?alphas_cumprod(_prev)?|log_one_minus_alphas_cumprod",
             r"sqrt_recip(m1)?_alphas_cumprod|posterior_(variance|log_variance_clipped|mean_coef[12])",
             r"logvar|lvlb_weights|scale_factor|global_step",
-            r"(first_stage_model\.)?loss\..+|first_stage_model\.(model_ema\..+|colorize)|optimizer_states\..+",
+            r"(first_stage_model\.)?(loss\..+|colorize)|optimizer_states\..+",
+            r"(first_stage_model\.)?model_ema\..+",  # read instead of a net's own if asked for
             r"embedding_manager\..+",  # left over by DreamBooth's scripts
             # CLIP's buffers, and what only comparing with images needs
             r"cond_stage_model\.transformer\.(text_model\.)?(embeddings\.position_ids|text_projection(\.weight)?)",
@@ -74,7 +74,7 @@ def tables(config: ModelConfig, open_clip: bool) -> dict[str, Table]:
     clip = _prefixed(OPEN_CLIP, "", _open_clip(config.text_encoder)) if open_clip else _clip()
     return {
         "unet": unet_table(config.unet),
-        "vae": _prefixed(VAE, "", _vae(config.vae)),
+        "vae": vae_table(config.vae, VAE),
         "text_encoder": clip,
     }
 
@@ -82,6 +82,11 @@ def tables(config: ModelConfig, open_clip: bool) -> dict[str, Table]:
 def unet_table(config: UNetConfig) -> Table:
     """The UNet's of `tables`."""
     return _prefixed(UNET, "", _unet(config))
+
+
+def vae_table(config: VAEConfig, start: str) -> Table:
+    """The VAE's of `tables`, where LDM's names begin with `start`: in a file of an autoencoder alone with nothing."""
+    return _prefixed(start, "", _vae(config))
 
 
 def renamed(name: str, table: Mapping[str, str]) -> str | None:
@@ -104,9 +109,12 @@ def ignored(name: str) -> bool:
     return len(name) <= MAX_NAME and _IGNORED.fullmatch(name) is not None
 
 
-def ema_name(name: str) -> str:
-    """Where training keeps the moving average of a UNet's tensor: without `model.`, and without dots (LDM's LitEma)."""
-    return "model_ema." + "".join(name.split(".")[1:])
+def ema_name(name: str, start: str = "model.") -> str:
+    """Where training keeps a tensor's moving average (LDM's LitEma): without dots, and without what its net's names start with.
+
+    start: `model.` of the UNet, nothing of an autoencoder by itself.
+    """
+    return "model_ema." + name.removeprefix(start).replace(".", "")
 
 
 def unpacked(name: str) -> tuple[str, ...]:
@@ -168,6 +176,7 @@ def _unet(config: UNetConfig) -> Table:
 
 
 def _vae(config: VAEConfig) -> Table:
+    resnet = _VAE_RESNET | {"conv_shortcut" if config.use_conv_shortcut else "nin_shortcut": "conv_shortcut"}
     rows = {name: name for name in ("quant_conv", "post_quant_conv", "quantize.embedding")}
     last = len(config.block_out_channels) - 1
     for half in ("encoder", "decoder"):
@@ -175,7 +184,7 @@ def _vae(config: VAEConfig) -> Table:
         rows[f"{half}.norm_out"] = f"{half}.conv_norm_out"
         rows |= _prefixed(f"{half}.mid.attn_1.", f"{half}.mid_block.attentions.0.", _VAE_ATTENTION)
         for index in range(2):
-            rows |= _prefixed(f"{half}.mid.block_{index + 1}.", f"{half}.mid_block.resnets.{index}.", _VAE_RESNET)
+            rows |= _prefixed(f"{half}.mid.block_{index + 1}.", f"{half}.mid_block.resnets.{index}.", resnet)
     for level in range(last + 1):
         rows[f"encoder.down.{level}.downsample.conv"] = f"encoder.down_blocks.{level}.downsamplers.0.conv"
         rows[f"decoder.up.{last - level}.upsample.conv"] = f"decoder.up_blocks.{level}.upsamplers.0.conv"
@@ -184,7 +193,7 @@ def _vae(config: VAEConfig) -> Table:
                 (f"encoder.down.{level}", f"encoder.down_blocks.{level}"),
                 (f"decoder.up.{last - level}", f"decoder.up_blocks.{level}"),  # LDM counts both from the wide end
             ):
-                rows |= _prefixed(f"{left}.block.{layer}.", f"{right}.resnets.{layer}.", _VAE_RESNET)
+                rows |= _prefixed(f"{left}.block.{layer}.", f"{right}.resnets.{layer}.", resnet)
                 rows |= _prefixed(f"{left}.attn.{layer}.", f"{right}.attentions.{layer}.", _VAE_ATTENTION)
     return rows
 

@@ -1,18 +1,21 @@
-"""Opening the files of adapters: LoRA weights, and the embeddings of textual inversion."""
+"""Finding and opening the files of adapters: LoRA weights, and the embeddings of textual inversion."""
 
 import math
 import os
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastsd.checkpoints import pickle_file
-from fastsd.checkpoints.file_bytes import LEGACY_PICKLE, opened, read_capped
-from fastsd.checkpoints.pickle_file import open_pickle
+from fastsd.checkpoints.embedding_image import read_embedding_image
+from fastsd.checkpoints.file_bytes import LEGACY_PICKLE, file_sha256, opened, read_capped
+from fastsd.checkpoints.hub import is_repo_id, resolve_file
+from fastsd.checkpoints.pickle_file import Classes, PickleFile, open_pickle
 from fastsd.checkpoints.safetensors_file import SafetensorsFile, open_safetensors
 from fastsd.checkpoints.strict_json import parse_object
 from fastsd.checkpoints.weights import WeightFile
@@ -31,19 +34,56 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _PICKLE_HEADS = (b"PK\x03\x04", LEGACY_PICKLE, b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
-def open_lora(path: str | Path, weight_name: str | None = None, allow_pickle: bool = False) -> WeightFile:
-    """A LoRA's file: `path` itself, or `weight_name` in the folder `path`, else the one that diffusers writes, or the only one.
+class Embedding(NamedTuple):
+    """A textual inversion as it was read."""
 
-    Of safetensors only the header is read yet. A pickle (.pt, .bin), told by its content, is opened if `allow_pickle`.
-    Raises CheckpointError if there is no such file, or it is damaged, unsafe, or larger than 4 GiB.
+    label: str
+    """What messages call the file."""
+    word: str
+    vectors: Tensor
+    """[n, C]"""
+    sha256: str
+    """Of the file, in hex."""
+
+
+class _ParameterDict:
+    """Stands for torch's, in which the web UI's own files hold their vectors; none of its code is run."""
+
+    _parameters: Any = None
+    _keys: Any = None
+
+
+_PARAMETER_DICT: Classes = [(_ParameterDict, "torch.nn.modules.container.ParameterDict")]
+
+
+def find_lora(path: str | Path, weight_name: str | None = None, **hub: Any) -> Path:
+    """A LoRA's file: `path` itself, or `weight_name` in the folder or Hub repository `path`, else the one that diffusers writes
+    there, or the only one.
+
+    hub: revision, token, cache_dir, local_files_only, as `resolve_file` takes them.
+    Raises CheckpointError (HubError for the Hub) if there is none.
     """
-    file = _find(Path(path), weight_name, LORA_FILES)
+    return _find(path, weight_name, LORA_FILES, hub)
+
+
+def open_lora(file: Path, allow_pickle: bool = False) -> SafetensorsFile | PickleFile:
+    """A LoRA's file; of safetensors only the header is read yet. A pickle (.pt, .bin), told by its content, is opened if
+    `allow_pickle`.
+
+    Raises CheckpointError if it is damaged, unsafe, or larger than 4 GiB.
+    """
     pickled = _is_pickle(file, MAX_LORA_BYTES, allow_pickle)
     opened_file = (open_pickle if pickled else open_safetensors)(file, _label(file))
     size = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in opened_file.tensors.values())
     if size > MAX_LORA_BYTES:  # a pickle's tensors may be views, larger than the memory under them
         raise CheckpointError(f"{_label(file)}: tensors of {size:,} bytes are no adapter of Stable Diffusion")
     return opened_file
+
+
+def read_hashed(file: SafetensorsFile | PickleFile, path: Path) -> tuple[dict[str, Tensor], str]:
+    """A LoRA's tensors, and the hash by which the web UI knows it: SHA-256 of what is behind a safetensors header, or of a whole
+    pickle, in hex."""
+    return file.read_hashed() if isinstance(file, SafetensorsFile) else (file.read(), file_sha256(path))
 
 
 def training_config(file: WeightFile) -> dict[str, Any]:
@@ -58,19 +98,21 @@ def training_config(file: WeightFile) -> dict[str, Any]:
 
 
 def read_embedding(
-    path: str | Path, weight_name: str | None = None, allow_pickle: bool = False
-) -> tuple[str, str, Tensor]:
-    """A textual inversion's file, found as `open_lora` finds one → its name, its own word for the embedding, vectors [n, C].
+    path: str | Path, weight_name: str | None = None, allow_pickle: bool = False, **hub: Any
+) -> Embedding:
+    """A textual inversion's file, found as `find_lora` finds one.
 
-    Both kinds are read: A1111's (`emb_params`, or a `string_to_param` with one entry) and diffusers' {word: vectors}. Where
-    it holds no word, the word is the file's name without its suffix.
-    Raises CheckpointError as `open_lora` does, above 16 MB, and for vectors that are no matrix of finite numbers.
+    Both kinds are read: A1111's (`emb_params`, or a `string_to_param` with one entry; also within a PNG) and diffusers'
+    {word: vectors}. Where it holds no word, the word is the file's name without its suffix.
+    Raises CheckpointError as `find_lora` and `open_lora` do, above 16 MB, and for vectors that are no matrix of finite numbers.
     """
-    file = _find(Path(path), weight_name, EMBEDDING_FILES)
+    file = _find(path, weight_name, EMBEDDING_FILES, hub)
     label = _label(file)
     state: Any
     if _is_pickle(file, MAX_EMBEDDING_BYTES, allow_pickle):
         state = _load_pickle(file, label)
+    elif file.suffix.lower() == ".png":
+        state = read_embedding_image(file, label)
     else:
         state = open_safetensors(file, label).read()
     word, vectors = _only_embedding(state, file.stem, label)
@@ -82,7 +124,7 @@ def read_embedding(
         raise CheckpointError(f"{label}: an embedding is vectors [n, C] of floats, not {kind}")
     if not vectors.isfinite().all():
         raise CheckpointError(f"{label}: holds NaN or infinite values; the file is damaged")
-    return label, word, vectors.detach().reshape(-1, vectors.shape[-1])
+    return Embedding(label, word, vectors.detach().reshape(-1, vectors.shape[-1]), file_sha256(file))
 
 
 def _load_pickle(path: Path, label: str) -> Any:
@@ -91,7 +133,7 @@ def _load_pickle(path: Path, label: str) -> Any:
         pickle_file.check_zip(data, label)
     elif not data.startswith(LEGACY_PICKLE):
         raise CheckpointError(f"{label}: not a file of torch.save, but another pickle")
-    return pickle_file.unpickle(data, label)
+    return pickle_file.unpickle(data, label, _PARAMETER_DICT)
 
 
 def _only_embedding(state: Any, stem: str, label: str) -> tuple[str, Any]:
@@ -102,7 +144,7 @@ def _only_embedding(state: Any, stem: str, label: str) -> tuple[str, Any]:
             f"{label}: is an embedding for Stable Diffusion XL; fastsd runs Stable Diffusion 1.x and 2.x"
         )
     if "string_to_param" in state:
-        word, entries = state.get("name"), state["string_to_param"]
+        word, entries = state.get("name"), _entries(state["string_to_param"])
     else:
         word, entries = None, state
     if not isinstance(entries, dict) or len(entries) != 1:
@@ -114,28 +156,43 @@ def _only_embedding(state: Any, stem: str, label: str) -> tuple[str, Any]:
     return word if isinstance(word, str) and word else stem, vectors
 
 
-def _find(path: Path, weight_name: str | None, usual: Sequence[str]) -> Path:
-    if not os.path.isdir(path):
-        if weight_name is not None and os.path.isfile(path):
-            raise CheckpointError(f"{_show(path)} is a file already; leave weight_name out")
-        if not os.path.isfile(path):
-            raise CheckpointError(f"no such file or folder: {_show(path)} (from the hub, download it first)")
-        return path
+def _entries(held: Any) -> Any:
+    """What a ParameterDict holds: torch before 1.12 kept it as a module's parameters, later as attributes and a list of keys."""
+    if not isinstance(held, _ParameterDict):
+        return held
+    if isinstance(held._parameters, dict) and held._parameters:
+        return held._parameters
+    return {key: vars(held).get(key) for key in held._keys or () if isinstance(key, str)}
+
+
+def _find(path: str | Path, weight_name: str | None, usual: Sequence[str], hub: dict[str, Any]) -> Path:
+    if weight_name is not None and (not re.fullmatch(r"[^/\\\0]+", weight_name) or weight_name in (".", "..")):
+        raise CheckpointError(f"weight_name: {shown(repr(weight_name))} is no plain file name in the folder")
+    choose = partial(_choose, shown(str(path), 300), weight_name, usual)
+    if os.path.isdir(path):
+        return Path(path) / choose([name for name in os.listdir(path) if os.path.isfile(Path(path) / name)])
+    if os.path.isfile(path):
+        if weight_name is not None:
+            raise CheckpointError(f"{shown(str(path), 300)} is a file already; leave weight_name out")
+        return Path(path)
+    if isinstance(path, Path) or not is_repo_id(path):
+        raise CheckpointError(
+            f"no such file or folder: {shown(str(path), 300)} (a repository on the hub is named owner/name)"
+        )
+    return resolve_file(path, choose, **hub)
+
+
+def _choose(place: str, weight_name: str | None, usual: Sequence[str], names: Sequence[str]) -> str:
+    """The wanted one of the files in a folder or a repository."""
+    there = listed(names) or "none"
     if weight_name is not None:
-        if not re.fullmatch(r"[^/\\\0]+", weight_name) or weight_name in (".", ".."):
-            raise CheckpointError(f"weight_name: {shown(repr(weight_name))} is no plain file name in the folder")
-        if not os.path.isfile(path / weight_name):
-            raise CheckpointError(f"{_show(path)} holds no {shown(weight_name)}; files there: {_files(path)}")
-        return path / weight_name
-    names = [name for name in usual if os.path.isfile(path / name)]
-    names = names or [name for name in os.listdir(path) if name.endswith(".safetensors")]
-    if not names or (len(names) > 1 and names[0] not in usual):
-        raise CheckpointError(f"{_show(path)}: say which file with weight_name; files there: {_files(path)}")
-    return path / names[0]
-
-
-def _files(path: Path) -> str:
-    return listed([name for name in os.listdir(path) if os.path.isfile(path / name)]) or "none"
+        if weight_name not in names:
+            raise CheckpointError(f"{place} holds no {shown(weight_name)}; files there: {there}")
+        return weight_name
+    fitting = [name for name in usual if name in names] or [name for name in names if name.endswith(".safetensors")]
+    if not fitting or (len(fitting) > 1 and fitting[0] not in usual):
+        raise CheckpointError(f"{place}: say which file with weight_name; files there: {there}")
+    return fitting[0]
 
 
 def _is_pickle(path: Path, limit: int, allow_pickle: bool) -> bool:
@@ -157,7 +214,3 @@ def _is_pickle(path: Path, limit: int, allow_pickle: bool) -> bool:
 
 def _label(path: Path) -> str:
     return shown(path.name)
-
-
-def _show(path: Path) -> str:
-    return shown(str(path), 300)

@@ -45,9 +45,9 @@ class _Callback:
     """Stands for a class of PyTorch Lightning's, by which training checkpoints name an entry that nobody needs here."""
 
 
-_LIGHTNING: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-    (_Callback, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")
-]
+Classes = list[Callable[..., Any] | tuple[Callable[..., Any], str]]
+
+_LIGHTNING: Classes = [(_Callback, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
 
 
 def open_pickle(path: Path, label: str, training: bool = False) -> PickleFile:
@@ -94,9 +94,10 @@ def check_zip(data: bytes, label: str) -> None:
         raise CheckpointError(f"{label}: its zip entries hold more than the file's {len(data):,} bytes; refused")
 
 
-def unpickle(data: bytes, label: str) -> Any:
+def unpickle(data: bytes, label: str, classes: Classes = _LIGHTNING) -> Any:
+    """What the pickle holds. classes: those of ours that stand for some in the file, which are not called."""
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_LIGHTNING):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(classes):
             warnings.simplefilter("ignore")  # torch's own deprecations inside its legacy reader
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # garbage makes torch raise KeyError, EOFError, RuntimeError, UnpicklingError, ...

@@ -65,9 +65,20 @@ class SafetensorsFile:
 
         Raises CheckpointError if the header is no longer the one that was checked, or the offsets do not fit.
         """
+        return self._parsed(self._bytes())
+
+    def read_hashed(self) -> tuple[dict[str, torch.Tensor], str]:
+        """What `read` gives, and the SHA-256 of all that it read behind the header, in hex."""
+        data = self._bytes()
+        return self._parsed(data), hashlib.sha256(memoryview(data)[self.header_bytes :]).hexdigest()
+
+    def _bytes(self) -> bytes:
         data = read_exactly(self.path, self.label, self.size)
         if hashlib.sha256(data[: self.header_bytes]).digest() != self.header_sha256:
             raise changed(self.label)
+        return data
+
+    def _parsed(self, data: bytes) -> dict[str, torch.Tensor]:
         try:
             return safetensors.torch.load(data)
         except SafetensorError as error:

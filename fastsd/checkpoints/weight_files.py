@@ -127,47 +127,47 @@ def remote_files(choice: Choice, component: str, names: Iterable[str]) -> list[s
 
 def choose_local(folder: Path, variant: str | None, allow_pickle: bool) -> dict[str, Choice]:
     """`choose_all` among the files on disk; also checks that an index's shards are there."""
-    choices = choose_all({name: _names(folder, name) for name in COMPONENTS}, variant, allow_pickle)
+    choices = choose_all({name: _names(folder / name) for name in COMPONENTS}, variant, allow_pickle)
     for component, choice in choices.items():
         if choice.format == "index":
-            _read_index(folder / component, component, choice.name)
+            _read_index(folder / component, choice.name)
     return choices
 
 
 def open_weights(folder: Path, component: str, variant: str | None, allow_pickle: bool) -> list[WeightFile]:
-    """The chosen files, their headers read and checked."""
-    choice = choose(component, _names(folder, component), variant, allow_pickle)
-    path, label = folder / component / choice.name, f"{component}/{choice.name}"
+    """The chosen files among those in the component's own `folder`, their headers read and checked."""
+    choice = choose(component, _names(folder), variant, allow_pickle)
+    path, label = folder / choice.name, f"{shown(folder.name)}/{choice.name}"
     if choice.format == "pickle":
         return [open_pickle(path, label)]
     if choice.format == "safetensors":
         return [open_safetensors(path, label)]
-    return list(_open_shards(folder / component, component, choice.name))
+    return list(_open_shards(folder, choice.name))
 
 
-def _names(folder: Path, component: str) -> list[str]:
+def _names(folder: Path) -> list[str]:
     try:
-        return os.listdir(folder / component)
+        return os.listdir(folder)
     except OSError as error:
-        raise CheckpointError(f"{component}/: cannot be read: {error.strerror or error}") from error
+        raise CheckpointError(f"{shown(folder.name)}/: cannot be read: {error.strerror or error}") from error
 
 
-def _open_shards(folder: Path, component: str, index_name: str) -> list[SafetensorsFile]:
+def _open_shards(folder: Path, index_name: str) -> list[SafetensorsFile]:
     shards = []
-    for shard, names in _read_index(folder, component, index_name).items():
-        file = open_safetensors(folder / shard, f"{component}/{shard}")
+    for shard, names in _read_index(folder, index_name).items():
+        file = open_safetensors(folder / shard, f"{shown(folder.name)}/{shard}")
         if file.tensors.keys() != names:
             odd = file.tensors.keys() ^ names
             raise CheckpointError(
-                f"{component}/{shown(index_name)} and {shard} disagree on {len(odd)} tensors ({listed(odd)})"
+                f"{shown(folder.name)}/{shown(index_name)} and {shard} disagree on {len(odd)} tensors ({listed(odd)})"
             )
         shards.append(file)
     return shards
 
 
-def _read_index(folder: Path, component: str, index_name: str) -> dict[str, set[str]]:
+def _read_index(folder: Path, index_name: str) -> dict[str, set[str]]:
     """Tensor names by shard. Raises CheckpointError if a shard lies outside `folder` or is missing."""
-    label = f"{component}/{index_name}"
+    label = f"{shown(folder.name)}/{index_name}"
     weight_map = read_json(folder / index_name, label).get("weight_map")
     if not isinstance(weight_map, dict) or not 0 < len(weight_map) <= MAX_TENSORS:
         raise CheckpointError(f"{label}: no weight_map of 1 to {MAX_TENSORS:,} tensors")

@@ -1,9 +1,9 @@
 """Convolution, NHWC, as one matrix product: y = Σ_taps x(shifted)·w_tapᵀ + b, with all that follows it in the epilogue.
 
 Reads B·H·W·C (from memory once, from L2 once a tap) and O·R·R·C, writes M·O elements, M = B·H'·W'; 2·M·O·R·R·C operations.
-A window's pixels outside the image are masked loads: that is the padding, whatever its sides. A resnet's 1×1 shortcut is
-more depth of the same product. Few pixels (8×8, 16×16) split the depth over CTAs into fp32 partial sums, which a second
-kernel adds; nothing is added atomically.
+A window's pixels outside the image are masked loads: that is the padding, whatever its sides; in an image that wraps they are
+the pixels at its other edge. A resnet's 1×1 shortcut is more depth of the same product. Few pixels (8×8, 16×16) split the depth
+over CTAs into fp32 partial sums, which a second kernel adds; nothing is added atomically.
 
 Nearest ×2 and a 3×3 convolution are four 2×2 ones, one for each parity of the output's row and column, whose weights are sums
 of the 3×3's: 2.25 times fewer operations, and the enlarged image is never made.
@@ -21,7 +21,7 @@ from fastsd.kernels.launch import Launch, arch_of, check_operands
 from fastsd.kernels.packing import PackedWeights
 
 Pad = tuple[int, int, int, int]  # left, right, top, bottom
-
+Wrap = tuple[bool, bool]  # horizontally, vertically
 
 Shortcut = tuple[Tensor, Tensor | None, Tensor, Tensor]
 """x [B, H', W', C₁], skip [B, H', W', C₂], w [O, C₁+C₂, 1, 1], b [O]: w·(x beside skip) + b, to be added."""
@@ -116,6 +116,7 @@ def plan_conv2d(
     out: Tensor,
     arch: int,
     config: Config | None = None,
+    wrap: Wrap = (False, False),
 ) -> list[Launch]:
     """The launches of `conv2d` into out [B, H', W', O] on a compute capability; w packed [O, R, R, C].
 
@@ -124,17 +125,30 @@ def plan_conv2d(
     b, channel_bias, residual, shortcut, partials = epilogue
     if w.shape[1] == stride == 1 and not any(pad) and channel_bias is shortcut is partials is None:
         return plan_linear(x, w[:, 0, 0], b, residual, None, out, arch, config)
-    geometry = {"STRIDE": stride, "PAD_TOP": pad[2], "PAD_LEFT": pad[0], "PHASES": 1, "UPSAMPLE": False}
+    wraps_x, wraps_y = (bool(wrap[axis] and pad[2 * axis] == pad[2 * axis + 1] > 0) for axis in range(2))
+    geometry = {
+        **{"STRIDE": stride, "PAD_TOP": pad[2], "PAD_LEFT": pad[0], "PHASES": 1, "UPSAMPLE": False},
+        **{"WRAP_X": wraps_x, "WRAP_Y": wraps_y},
+    }
     return _plan(x, w, epilogue, out, (out.shape[1], out.shape[2]), geometry, arch, config)
 
 
 def plan_upsample_conv2d(
-    x: Tensor, w: Tensor, b: Tensor, out: Tensor, arch: int, config: Config | None = None
+    x: Tensor,
+    w: Tensor,
+    b: Tensor,
+    out: Tensor,
+    arch: int,
+    config: Config | None = None,
+    wrap: Wrap = (False, False),
 ) -> list[Launch]:
     """The launches of `upsample_conv2d` into out [B, H', W', O]; w is [4, O, 2, 2, C] from `pack_phases`, or [O, 3, 3, C]
     from `pack` where out is not exactly twice x: its last row or column then has no neighbour to be summed with."""
     phases = w.ndim == 5
-    geometry = {"STRIDE": 1, "PAD_TOP": 1, "PAD_LEFT": 1, "PHASES": 4 if phases else 1, "UPSAMPLE": not phases}
+    geometry = {
+        **{"STRIDE": 1, "PAD_TOP": 1, "PAD_LEFT": 1, "PHASES": 4 if phases else 1, "UPSAMPLE": not phases},
+        **{"WRAP_X": wrap[0], "WRAP_Y": wrap[1]},
+    }
     windows = (x.shape[1], x.shape[2]) if phases else (out.shape[1], out.shape[2])
     return _plan(x, w, Epilogue(b), out, windows, geometry, arch, config)
 
@@ -211,13 +225,15 @@ def conv2d(
     channel_bias: Tensor | None = None,
     residual: Tensor | None = None,
     shortcut: Shortcut | None = None,
+    wrap: Wrap = (False, False),
     out: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
     """2-D convolution + b + channel_bias + residual + shortcut. x [B, H, W, C], w [O, C, R, R], b [O] → [B, H', W', O].
 
-    pad (left, right, top, bottom) is of zeros; channel_bias [B, O], residual [B, H', W', O]. ValueError for what the kernel
-    does not serve: other dtypes, tensors that are not contiguous, that do not fit, or of 2³¹ elements an image.
+    pad (left, right, top, bottom) is of zeros, or where an image wraps (horizontally, vertically) and both sides are padded
+    alike, of its other edge; channel_bias [B, O], residual [B, H', W', O]. ValueError for what the kernel does not serve: other
+    dtypes, tensors that are not contiguous, that do not fit, or of 2³¹ elements an image, images that wrap more than once.
     """
     if x.ndim != 4 or w.ndim != 4 or w.shape[2] != w.shape[3] or not x.numel() or stride < 1 or min(pad) < 0:
         raise ValueError(f"x must be [B, H, W, C] and w [O, C, R, R], not {list(x.shape)} and {list(w.shape)}")
@@ -227,12 +243,14 @@ def conv2d(
     width = (x.shape[2] + left + right - r) // stride + 1
     if min(height, width) < 1:
         raise ValueError(f"a {r}x{r} window does not fit into {list(x.shape)} padded by {pad}")
+    if (wrap[0] and left == right > x.shape[2]) or (wrap[1] and top == bottom > x.shape[1]):
+        raise ValueError(f"{list(x.shape)} padded by {pad} would wrap more than once")
     shape = (x.shape[0], height, width, n)
     out = torch.empty(shape, dtype=x.dtype, device=x.device) if out is None else out
     epilogue = Epilogue(b, channel_bias, residual, shortcut)
     check(x, w, epilogue, out, shape)
     arch = arch_of(x.device)
-    for launch in plan_conv2d(x, pack_cached(w), stride, pad, epilogue, out, arch, config):
+    for launch in plan_conv2d(x, pack_cached(w), stride, pad, epilogue, out, arch, config, wrap):
         launch.run()
     return out
 
@@ -242,12 +260,13 @@ def upsample_conv2d(
     w: Tensor,
     b: Tensor,
     size: tuple[int, int] | None = None,
+    wrap: Wrap = (False, False),
     out: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
     """Nearest ×2, then a 3×3 convolution with padding 1. x [B, H, W, C], w [O, C, 3, 3], b [O] → [B, 2H, 2W, O].
 
-    size (H', W') may be one less than twice the input's, either way. ValueError for other sizes, and as in `conv2d`.
+    size (H', W') may be one less than twice the input's, either way; wrap as in `conv2d`. ValueError for others, and as there.
     """
     check_3x3(x, w)
     batch, height, width, _ = x.shape
@@ -259,7 +278,7 @@ def upsample_conv2d(
     out = torch.empty(shape, dtype=x.dtype, device=x.device) if out is None else out
     check(x, w, Epilogue(b), out, shape)
     packed = (_packed_phases if target == twice else _packed).get(w)
-    for launch in plan_upsample_conv2d(x, packed, b, out, arch_of(x.device), config):
+    for launch in plan_upsample_conv2d(x, packed, b, out, arch_of(x.device), config, wrap):
         launch.run()
     return out
 

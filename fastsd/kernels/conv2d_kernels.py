@@ -7,6 +7,15 @@ from fastsd.kernels.gemm import tile_of
 
 
 @triton.jit
+def place(corner, tap, size, WRAP: tl.constexpr):
+    """The tap's row or column; if it WRAPs, in [0, size), from at most size outside."""
+    index = corner + tap
+    if WRAP:
+        index = tl.where(index < 0, index + size, tl.where(index >= size, index - size, index))
+    return index
+
+
+@triton.jit
 def add_window(
     total,  # [BLOCK_M, BLOCK_N] fp32
     x_ptr,  # [B, H, W, C]
@@ -26,6 +35,8 @@ def add_window(
     R: tl.constexpr,
     PADDED: tl.constexpr,  # a window may pass the border
     UPSAMPLE: tl.constexpr,
+    WRAP_X: tl.constexpr,  # what a window passes is the other edge
+    WRAP_Y: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """total + the blocks [start, stop) of the product."""
@@ -41,12 +52,14 @@ def add_window(
         row, column = tap // R, tap % R
         pixel = corner + row * W + column
         if UPSAMPLE:
-            pixel = (top + row) // 2 * W + (left + column) // 2
+            pixel = place(top, row, LIMIT_H, WRAP_Y) // 2 * W + place(left, column, LIMIT_W, WRAP_X) // 2
+        elif WRAP_X or WRAP_Y:
+            pixel = place(top, row, LIMIT_H, WRAP_Y) * W + place(left, column, LIMIT_W, WRAP_X)
         x_here = x_ptrs + (pixel * C + c)[:, None]
         w_here = w_ptrs + tap * C + c
         seen = tl.full((BLOCK_M, BLOCK_K), True, tl.int1)  # the compiler drops what stays constant
-        if PADDED:
-            y, x = top + row, left + column
+        if PADDED and not (WRAP_X and WRAP_Y):
+            y, x = 0 if WRAP_Y else top + row, 0 if WRAP_X else left + column  # what wraps is always inside
             seen &= ((y >= 0) & (y < LIMIT_H) & (x >= 0) & (x < LIMIT_W))[:, None]
         if C % BLOCK_K != 0:
             seen &= (depth < C - c)[None, :]
@@ -136,6 +149,8 @@ def conv_kernel(
     PAD_LEFT: tl.constexpr,
     PHASES: tl.constexpr,  # 4: the phase convolutions of an upsampling
     UPSAMPLE: tl.constexpr,
+    WRAP_X: tl.constexpr,
+    WRAP_Y: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_CHANNEL_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -172,19 +187,20 @@ def conv_kernel(
     y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     y = add_window(
         y, x_ptr, w_ptr + phase.to(tl.int64) * (N * R * R * C), image, top, left, channels,
-        start, tl.minimum(stop, DEPTH), H, W, limit_h, limit_w, C, R * R * C, R, R > 1, UPSAMPLE, BLOCK_K,
+        start, tl.minimum(stop, DEPTH), H, W, limit_h, limit_w, C, R * R * C, R, R > 1, UPSAMPLE,
+        WRAP_X, WRAP_Y, BLOCK_K,
     )  # fmt: skip
     if C1 > 0:
         y = add_window(
             y, more_x_ptr, more_w_ptr, image, out_y, out_x, channels,
             tl.maximum(start - DEPTH, 0), tl.minimum(stop - DEPTH, DEPTH1),
-            OUT_H, OUT_W, OUT_H, OUT_W, C1, C1 + C2, 1, False, False, BLOCK_K,
+            OUT_H, OUT_W, OUT_H, OUT_W, C1, C1 + C2, 1, False, False, False, False, BLOCK_K,
         )  # fmt: skip
     if C2 > 0:
         y = add_window(
             y, more_skip_ptr, more_w_ptr + C1, image, out_y, out_x, channels,
             tl.maximum(start - DEPTH - DEPTH1, 0), tl.minimum(stop - DEPTH - DEPTH1, DEPTH2),
-            OUT_H, OUT_W, OUT_H, OUT_W, C2, C1 + C2, 1, False, False, BLOCK_K,
+            OUT_H, OUT_W, OUT_H, OUT_W, C2, C1 + C2, 1, False, False, False, False, BLOCK_K,
         )  # fmt: skip
 
     pixel = rows.to(tl.int64)

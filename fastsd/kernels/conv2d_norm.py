@@ -32,6 +32,7 @@ def plan_conv2d_norm(
     out: Tensor,
     arch: int,
     config: Config | None = None,
+    wrap: conv2d.Wrap = (False, False),
 ) -> list[Launch]:
     """The launches of `conv2d_norm` into out [B, H, W, O] on a compute capability; w packed [O, 3, 3, C].
 
@@ -42,7 +43,7 @@ def plan_conv2d_norm(
     config = config or conv2d.choose_config(batch * pixels, n, x.shape[-1], 9, 1, x.dtype, arch)
     block_p, block_w = triton.next_power_of_2(pixels), triton.next_power_of_2(n // groups)
     if config.split_k > 1 and block_p * block_w <= MOST_VALUES:
-        multiply, _ = conv2d.plan_conv2d(x, w, 1, PAD, conv2d.Epilogue(b, channel_bias), out, arch, config)
+        multiply, _ = conv2d.plan_conv2d(x, w, 1, PAD, conv2d.Epilogue(b, channel_bias), out, arch, config, wrap)
         parts = multiply.arguments["out_ptr"]
         added = {"parts_ptr": parts, "b_ptr": b, "channel_bias_ptr": b if channel_bias is None else channel_bias}
         stride = {"channel_bias_stride": n if channel_bias is None else channel_bias.stride(0)}
@@ -62,11 +63,11 @@ def plan_conv2d_norm(
     y = torch.empty_like(out)
     chunk = conv2d.statistics_chunk(config, n)
     if pixels % chunk:
-        launches = conv2d.plan_conv2d(x, w, 1, PAD, conv2d.Epilogue(b, channel_bias), y, arch, config)
+        launches = conv2d.plan_conv2d(x, w, 1, PAD, conv2d.Epilogue(b, channel_bias), y, arch, config, wrap)
         return launches + groupnorm_silu.plan_group_norm(y, norm_w, norm_b, groups, eps, True, None, out)
     partials = torch.empty(batch, triton.cdiv(pixels, chunk), 2, n, dtype=torch.float32, device=x.device)
     epilogue = conv2d.Epilogue(b, channel_bias, partials=partials)
-    launches = conv2d.plan_conv2d(x, w, 1, PAD, epilogue, y, arch, config)
+    launches = conv2d.plan_conv2d(x, w, 1, PAD, epilogue, y, arch, config, wrap)
     statistics = groupnorm_silu.Statistics(partials, chunk, pivoted=False)
     return launches + groupnorm_silu.plan_apply(y, norm_w, norm_b, groups, eps, True, None, statistics, out)
 
@@ -80,11 +81,12 @@ def conv2d_norm(
     norm_b: Tensor,
     groups: int,
     eps: float,
+    wrap: conv2d.Wrap = (False, False),
     out: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
     """silu(group_norm(conv2d(x, w, b) + channel_bias)), padding 1. x [B, H, W, C], w [O, C, 3, 3], b norm_w norm_b [O],
-    channel_bias [B, O] → [B, H, W, O]. ValueError as in `conv2d` and `group_norm`."""
+    channel_bias [B, O] → [B, H, W, O]; wrap and ValueError as in `conv2d` and `group_norm`."""
     conv2d.check_3x3(x, w)
     n = w.shape[0]
     shape = (*x.shape[:3], n)
@@ -94,6 +96,6 @@ def conv2d_norm(
     if groups < 1 or n % groups:
         raise ValueError(f"{n} channels are not divisible into {groups} groups")
     packed, arch = conv2d.pack_cached(w), arch_of(x.device)
-    for launch in plan_conv2d_norm(x, packed, b, channel_bias, norm_w, norm_b, groups, eps, out, arch, config):
+    for launch in plan_conv2d_norm(x, packed, b, channel_bias, norm_w, norm_b, groups, eps, out, arch, config, wrap):
         launch.run()
     return out

@@ -1,6 +1,6 @@
 """What lies round the UNet in a step of any sampler, in two launches. All fp32 but the UNet's own inputs and output.
 
-    before:  x = Σ_k weights[row, k]·state_k, and the row of the time projections
+    before:  x = Σ_k weights[row, k]·state_k, and a row of the time projections, each image's own
     after:   guided = uncond + g·(cond − uncond);  state_s ← Σ_k update[row, s, k]·(state_0 … state_{S−1}, guided, noise)_k
 
 Reads S + 1 to S + 3 and writes S latents of 4 bytes an element: bound by memory, and small. The row is read from a counter on
@@ -8,6 +8,7 @@ the device, which the last CTA moves on, so that a captured graph walks the whol
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -37,11 +38,12 @@ def candidates(size: int) -> list[Config]:
 @triton.jit
 def step_input_kernel(
     state_ptr,  # [S, B, SIZE] fp32
-    weights_ptr,  # [n, S] fp32
-    time_bias_ptr,  # [n, T]
-    counter_ptr,  # [3] int32, the row first
+    weights_ptr,  # [n, B, S] fp32
+    time_bias_ptr,  # [m, T]
+    time_rows_ptr,  # [n, B] int32
+    counter_ptr,  # int32, the row first
     x_ptr,  # [COPIES, B, SIZE]
-    time_ptr,  # [T]
+    time_ptr,  # [COPIES, B, T]
     B,
     SIZE,  # elements of one latent
     X_BLOCKS,  # of BLOCK elements that a latent has; those beyond are of the time row
@@ -51,7 +53,7 @@ def step_input_kernel(
     BLOCK: tl.constexpr,
 ):
     block, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    row = tl.load(counter_ptr).to(tl.int64)
+    row = tl.load(counter_ptr).to(tl.int64) * B + image  # of the tables, laid out as [n·B, …]
     if block < X_BLOCKS:
         offs = block * BLOCK + tl.arange(0, BLOCK)
         inside = offs < SIZE
@@ -61,10 +63,12 @@ def step_input_kernel(
             x += tl.load(weights_ptr + row * S + slot) * tl.load(state_ptr + slot * B * SIZE + here, mask=inside)
         for copy in tl.static_range(COPIES):
             tl.store(x_ptr + copy * B * SIZE + here, x.to(x_ptr.dtype.element_ty), mask=inside)
-    elif image == 0:
+    else:
         offs = (block - X_BLOCKS) * BLOCK + tl.arange(0, BLOCK)
         inside = offs < T
-        tl.store(time_ptr + offs, tl.load(time_bias_ptr + row * T + offs, mask=inside), mask=inside)
+        time = tl.load(time_bias_ptr + tl.load(time_rows_ptr + row).to(tl.int64) * T + offs, mask=inside)
+        for copy in tl.static_range(COPIES):
+            tl.store(time_ptr + (copy * B + image) * T + offs, time, mask=inside)
 
 
 @triton.jit
@@ -74,7 +78,7 @@ def sampler_step_kernel(
     noise_ptr,  # [B, SIZE] fp32, if HAS_NOISE
     update_ptr,  # [n, B, S, S+2] fp32, of the given strides
     guidance_ptr,  # [B] fp32
-    counter_ptr,  # [3] int32: the row, the first one that gave what is not finite, CTAs that are through
+    counter_ptr,  # [2 + B] int32: the row, CTAs that are through, each image's first row that gave what is not finite
     new_ptr,  # [S, B, SIZE] fp32; may be the state
     B,
     SIZE,  # elements of one latent
@@ -112,11 +116,11 @@ def sampler_step_kernel(
         if new == 0:
             finite = tl.sum((inside & (tl.abs(y) < float("inf"))).to(tl.int32)) == tl.sum(inside.to(tl.int32))
             if not finite:
-                tl.atomic_min(counter_ptr + 1, row)
+                tl.atomic_min(counter_ptr + 2 + image, row)
     # The last CTA to come by moves the counter on: by then every warp of all has read it.
     tl.debug_barrier()
-    if tl.atomic_add(counter_ptr + 2, 1) == tl.num_programs(0) * tl.num_programs(1) - 1:
-        tl.store(counter_ptr + 2, 0)
+    if tl.atomic_add(counter_ptr + 1, 1) == tl.num_programs(0) * tl.num_programs(1) - 1:
+        tl.store(counter_ptr + 1, 0)
         tl.store(counter_ptr, row + 1)
 
 
@@ -124,17 +128,19 @@ def plan_step_input(
     state: Tensor,
     weights: Tensor,
     time_bias: Tensor,
+    time_rows: Tensor,
     counter: Tensor,
     x: Tensor,
     time: Tensor,
     config: Config | None = None,
 ) -> list[Launch]:
-    """The launch of `step_input` into x [copies·B, …] and time [1, T]."""
+    """The launch of `step_input` into x [copies·B, …] and time [copies·B, T]."""
     slots, batch = state.shape[:2]
     size, width = state[0, 0].numel(), time_bias.shape[1]
     config = config or choose_config(size)
     blocks = triton.cdiv(size, config.block)
-    tensors = {"state_ptr": state, "weights_ptr": weights, "time_bias_ptr": time_bias, "counter_ptr": counter}
+    tables = {"weights_ptr": weights, "time_bias_ptr": time_bias, "time_rows_ptr": time_rows}
+    tensors = {"state_ptr": state, **tables, "counter_ptr": counter}
     return [
         Launch(
             step_input_kernel,
@@ -190,23 +196,24 @@ def step_input(
     state: Tensor,
     weights: Tensor,
     time_bias: Tensor,
+    time_rows: Tensor,
     counter: Tensor,
     copies: int = 1,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """state [S, B, …] fp32, weights [n, S] fp32, time_bias [n, T], counter [3] int32, the row first → x [copies·B, …] and the
-    row's time [1, T], both in time_bias's dtype.
+    """state [S, B, …] fp32, weights [n, B, S] fp32, time_bias [m, T], time_rows [n, B] int32, counter [2 + B] int32, the row
+    first → x [copies·B, …] and times [copies·B, T], both in time_bias's dtype.
 
     ValueError for tensors of other shapes or dtypes, or that are not contiguous.
     """
     slots, batch = state.shape[:2]
-    _check_fp32({"state": (state, state.shape), "weights": (weights, (len(time_bias), slots))})
+    _check_fp32({"state": (state, state.shape), "weights": (weights, (len(weights), batch, slots))})
     if time_bias.ndim != 2 or time_bias.dtype not in FLOATS or not time_bias.is_contiguous():
-        raise ValueError(f"time_bias must be contiguous [n, T] in fp16, bf16 or fp32, not {list(time_bias.shape)}")
-    _check_counter(counter)
+        raise ValueError(f"time_bias must be contiguous [m, T] in fp16, bf16 or fp32, not {list(time_bias.shape)}")
+    _check_int32({"time_rows": (time_rows, (len(weights), batch)), "counter": (counter, (2 + batch,))})
     x = torch.empty((copies * batch, *state.shape[2:]), dtype=time_bias.dtype, device=state.device)
-    time = torch.empty((1, time_bias.shape[1]), dtype=time_bias.dtype, device=state.device)
-    for launch in plan_step_input(state, weights, time_bias, counter, x, time, config):
+    time = torch.empty((copies * batch, time_bias.shape[1]), dtype=time_bias.dtype, device=state.device)
+    for launch in plan_step_input(state, weights, time_bias, time_rows, counter, x, time, config):
         launch.run()
     return x, time
 
@@ -222,7 +229,7 @@ def sampler_step(
     config: Config | None = None,
 ) -> Tensor:
     """state [S, B, …] fp32, out [B or 2B, …], noise [B, …] fp32 or None, table [n, B, S, S+2] fp32, guidance [B] fp32 and counter
-    [3] int32 (see `ops.StepRow`) → the new state [S, B, …]; `new` may be the state.
+    [2 + B] int32 (see `ops.StepRow`) → the new state [S, B, …]; `new` may be the state.
 
     ValueError for tensors of other shapes or dtypes, or that are not contiguous (the table may be expanded over B).
     """
@@ -239,18 +246,16 @@ def sampler_step(
         or table.stride()[2:] != (slots + 2, 1)
     ):
         raise ValueError(f"table must be fp32 [n, {batch}, {slots}, {slots + 2}] with contiguous rows")
-    _check_counter(counter)
+    _check_int32({"counter": (counter, (2 + batch,))})
     for launch in plan_sampler_step(state, out, noise, table, guidance, counter, new, config):
         launch.run()
     return new
 
 
-def _check_fp32(tensors: Mapping[str, tuple[Tensor, Sequence[int]]]) -> None:
+def _check(dtype: torch.dtype, tensors: Mapping[str, tuple[Tensor, Sequence[int]]]) -> None:
     for name, (tensor, shape) in tensors.items():
-        if tensor.shape != tuple(shape) or tensor.dtype != torch.float32 or not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous fp32 {list(shape)}")
+        if tensor.shape != tuple(shape) or tensor.dtype != dtype or not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous {dtype} {list(shape)}")
 
 
-def _check_counter(counter: Tensor) -> None:
-    if counter.shape != (3,) or counter.dtype != torch.int32 or not counter.is_contiguous():
-        raise ValueError("counter must be three int32")
+_check_fp32, _check_int32 = partial(_check, torch.float32), partial(_check, torch.int32)

@@ -30,13 +30,16 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "group_norm": {"x": ..., "w": ..., "b": ..., "groups": ..., "eps": ..., "silu": False, "skip": None},
     "conv2d": {
         **{"x": ..., "w": ..., "b": None, "stride": 1, "pad": (0, 0, 0, 0)},
-        **{"channel_bias": None, "residual": None, "shortcut": None},
+        **{"channel_bias": None, "residual": None, "shortcut": None, "wrap": (False, False)},
     },
     "conv2d_norm": {
-        **{"x": ..., "w": ..., "b": ..., "channel_bias": None, "norm_w": ..., "norm_b": ..., "groups": ..., "eps": ...}
+        **{"x": ..., "w": ..., "b": ..., "channel_bias": None, "norm_w": ..., "norm_b": ..., "groups": ..., "eps": ...},
+        **{"wrap": (False, False)},
     },
-    "upsample_conv2d": {"x": ..., "w": ..., "b": ..., "size": None},
-    "step_input": {"state": ..., "weights": ..., "time_bias": ..., "counter": ..., "copies": 1},
+    "upsample_conv2d": {"x": ..., "w": ..., "b": ..., "size": None, "wrap": (False, False)},
+    "step_input": {
+        **{"state": ..., "weights": ..., "time_bias": ..., "time_rows": ..., "counter": ..., "copies": 1},
+    },
     "sampler_step": {"state": ..., "out": ..., "noise": None, "row": ..., "new": None},
 }
 """The ops' parameters and defaults, in their order, so that a call by position and one by name are one problem."""
@@ -80,6 +83,7 @@ def problem(op: str, *arguments: Any, **options: Any) -> Problem:
     given = dict(zip(defaults, arguments, strict=False)) | options
     first, *others = defaults
     x, given = given[first], {name: given[name] for name in others if given.get(name) is not None}
+    given.pop("wrap", None)  # other pixels at the edges, the same tiles
     if op == "attention":
         parts = _attention(x, **given)
     elif op == "step_input":

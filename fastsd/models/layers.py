@@ -64,8 +64,17 @@ class GroupNorm(nn.GroupNorm):
 class Conv2d(nn.Conv2d):
     """A convolution with what follows it: a bias a channel and image, a residual or a shortcut."""
 
-    def __init__(self, ops: Ops, in_channels: int, out_channels: int, kernel: int, pad: Pad, stride: int = 1) -> None:
-        super().__init__(in_channels, out_channels, kernel, stride)
+    def __init__(
+        self,
+        ops: Ops,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        pad: Pad,
+        stride: int = 1,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel, stride, bias=bias)
         self.ops = ops
         self.pad = pad
 

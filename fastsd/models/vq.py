@@ -7,14 +7,19 @@ A diffusion model learns the latents before they are quantised: quantising is th
 import torch
 from torch import Tensor, nn
 
-from fastsd.config import VQConfig
+from fastsd.config import VAEConfig, VQConfig
 from fastsd.errors import ParameterError
 from fastsd.models.layers import conv1x1
-from fastsd.models.vae import Decoder, Encoder
+from fastsd.models.vae import VAE, Decoder, Encoder
 from fastsd.ops import REFERENCE, Ops
 
 DISTANCES = 1 << 22
 """Most distances held at once: 16 MiB; a picture of 512² has 2²⁷ of them at f4 with 8192 entries."""
+
+
+def autoencoder(config: VAEConfig, ops: Ops = REFERENCE) -> "VAE | VQ":
+    """The net of a config: a VQ of a VQConfig, else a VAE."""
+    return VQ(config, ops) if isinstance(config, VQConfig) else VAE(config, ops)
 
 
 class VQ(nn.Module):
@@ -30,8 +35,11 @@ class VQ(nn.Module):
         self.post_quant_conv = conv1x1(ops, latents, coded)
         self.decoder = Decoder(config, ops)
 
-    def encode(self, image: Tensor) -> Tensor:
-        """image [B, H, W, 3] in [−1, 1] → latents [B, H/4, W/4, 3], not quantised, · scaling_factor."""
+    def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
+        """image [B, H, W, 3] in [−1, 1] → latents [B, H/4, W/4, 3], not quantised, · scaling_factor.
+
+        noise, as VAE.encode takes it, changes nothing: there is no distribution to draw from.
+        """
         return self.quant_conv(self.encoder(image)) * self.config.scaling_factor
 
     def quantise(self, latents: Tensor) -> tuple[Tensor, Tensor]:

@@ -66,8 +66,7 @@ def make_table(
         least = f"from 1/{walk.steps} on it takes one"
         raise ParameterError(f"strength: {quoted(strength)} of {walk.steps} steps is less than one; {least}")
     table = info.function(noise, replace(walk, eta=None if eta is None else float(eta), begin=begin))
-    calls = -(-len(table) // walk.steps)  # rows a step
-    return table if info.multistep else table.from_row(begin * calls)
+    return table if info.multistep else table.from_row(begin * table.calls)
 
 
 def _spaced_walk(noise: NoiseSchedule, info: SamplerInfo, schedule: str, steps: int) -> Walk:

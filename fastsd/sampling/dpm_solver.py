@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -25,6 +26,11 @@ def dpmpp_2m_sde(noise: NoiseSchedule, walk: Walk) -> Table:
     return _second_order("dpmpp_2m_sde", noise, walk, stochastic=True)
 
 
+def dpmpp_2m_sde_heun(noise: NoiseSchedule, walk: Walk) -> Table:
+    """The same, with the images' slope integrated over the step instead of taken at its middle: k-diffusion's "heun"."""
+    return _second_order("dpmpp_2m_sde_heun", noise, walk, stochastic=True, integrated=True)
+
+
 def dpmpp_3m_sde(noise: NoiseSchedule, walk: Walk) -> Table:
     """k-diffusion's sample_dpmpp_3m_sde, at η = 1: third order, lower while the history grows; it ends at σ = 0.
 
@@ -40,6 +46,31 @@ def dpmpp_3m_sde(noise: NoiseSchedule, walk: Walk) -> Table:
         next_x = x0 if sigma_next == 0 else _third_order_step(x, (x0, x0_1, x0_2), z, levels[max(i - 2, 0) : i + 2])
         states.append([next_x, x0, x0_1])
     return assemble_sigmas("dpmpp_3m_sde", noise, walk, timesteps, start_sigmas, states)
+
+
+def dpmpp_2s(noise: NoiseSchedule, walk: Walk) -> Table:
+    """Lu et al. 2022, "DPM-Solver++", algorithm 1 (2S): every second call makes its step and the one before it anew, by the slope
+    between their images. As in diffusers the stops are linspace's, whatever the checkpoint's, and a walk that begins in the
+    middle of a pair begins with a step of first order."""
+    timesteps, start_sigmas = solver_stops(replace(noise, timestep_spacing="linspace"), walk)
+    n = len(timesteps)
+    sigmas = np.append(start_sigmas, min(final_sigma(noise), start_sigmas[-1]))
+    ends_low = noise.final_sigmas_type == "zero" or noise.lower_order_final or n % 2 == 1
+    (x, old_x, old_x0), out, _ = basis(3)
+
+    states = []
+    for i in range(walk.begin, n):
+        second = i % 2 == 1 and i > walk.begin and not (i == n - 1 and ends_low)
+        start, sigma, sigma_next = sigmas[i - second], sigmas[i], sigmas[i + 1]
+        x0, _ = noise.x0_and_eps(x, out, 1 / (sigma**2 + 1))
+        begun, image = (old_x, x0) if second else (x, x0)
+        if second and start > sigma:
+            image = old_x0 + math.log(start / sigma_next) / (2 * math.log(start / sigma)) * (x0 - old_x0)
+        shrink = sigma_next / start
+        next_y = shrink * math.sqrt(start**2 + 1) * begun + (1 - shrink) * image
+        states.append([next_y / math.sqrt(sigma_next**2 + 1), begun, x0])
+    alpha_bars = 1 / (start_sigmas[walk.begin :] ** 2 + 1)
+    return assemble("dpmpp_2s", walk.schedule, timesteps[walk.begin :], states, alpha_bars=alpha_bars)
 
 
 def midpoint_image(x0: Vector, previous_x0: Vector, sigma_before: float, sigma: float, sigma_next: float) -> Vector:
@@ -63,7 +94,7 @@ def _third_order_step(x: Vector, images: tuple[Vector, Vector, Vector], z: Vecto
     return next_x
 
 
-def _second_order(name: str, noise: NoiseSchedule, walk: Walk, stochastic: bool) -> Table:
+def _second_order(name: str, noise: NoiseSchedule, walk: Walk, stochastic: bool, integrated: bool = False) -> Table:
     timesteps, start_sigmas = (stops[walk.begin :] for stops in solver_stops(noise, walk))
     sigmas = np.append(start_sigmas, min(final_sigma(noise), start_sigmas[-1]))
     (x, previous_x0), out, z = basis(2)
@@ -74,17 +105,19 @@ def _second_order(name: str, noise: NoiseSchedule, walk: Walk, stochastic: bool)
         sigma, sigma_next = sigmas[i], sigmas[i + 1]
         alpha_bar, alpha_bar_next = 1 / (sigma**2 + 1), 1 / (sigma_next**2 + 1)
         x0, _ = noise.x0_and_eps(x, out, alpha_bar)
+        shrink = sigma_next / sigma  # exp(-h)
+        kept, up = (shrink**2, sigma_next * math.sqrt(1 - shrink**2)) if stochastic else (shrink, 0.0)
         image = x0
         # A step of length 0 (rounding makes one at T steps) leaves no slope to the step after it.
         if i > 0 and sigmas[i - 1] > sigma and not (i == n - 1 and _ends_first_order(noise, walk.begin + n)):
             image = midpoint_image(x0, previous_x0, sigmas[i - 1], sigma, sigma_next)
-        shrink = sigma_next / sigma  # exp(-h)
-        kept, up = (shrink**2, sigma_next * math.sqrt(1 - shrink**2)) if stochastic else (shrink, 0.0)
+            if integrated and shrink < 1:  # ∫ 2u e^{-2(h-u)} du / ∫ 2 e^{-2(h-u)} du, where the midpoint has h / 2
+                image = x0 + (image - x0) * (2 / (1 - kept) + 1 / math.log(shrink))
         next_x = kept / math.sqrt(alpha_bar) * x + (1 - kept) * image + up * z
         states.append([math.sqrt(alpha_bar_next) * next_x, x0])
     return assemble(name, walk.schedule, timesteps, states, alpha_bars=1 / (start_sigmas**2 + 1))
 
 
 def _ends_first_order(noise: NoiseSchedule, n: int) -> bool:
-    few = noise.lower_order_final and n < FEW_STEPS
+    few = noise.lower_order_final is not False and n < FEW_STEPS
     return noise.final_sigmas_type == "zero" or noise.euler_at_final or few

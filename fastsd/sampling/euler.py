@@ -57,11 +57,18 @@ def denoised_and_eps(noise: NoiseSchedule, x: Vector, out: Vector, sigma: float)
 
 
 def assemble_sigmas(
-    name: str, noise: NoiseSchedule, walk: Walk, timesteps: Vector, sigmas: Vector, states: list[list[Vector]]
+    name: str,
+    noise: NoiseSchedule,
+    walk: Walk,
+    timesteps: Vector,
+    sigmas: Vector,
+    states: list[list[Vector]],
+    calls: int = 1,
 ) -> Table:
-    """A table on x = x_0 + σ ε; sigmas [n], the noise level that each UNet call sees."""
+    """A table on x = x_0 + σ ε; sigmas [n], the noise level that each UNet call sees. calls: see `Table`."""
     scales = 1 / np.sqrt(sigmas**2 + 1)
-    return assemble(name, walk.schedule, timesteps, states, scales, initial_scale(noise, sigmas[0]))
+    first = initial_scale(noise, sigmas[0])
+    return assemble(name, walk.schedule, timesteps, states, scales, first, calls=calls)
 
 
 def _euler_step(x: Vector, eps: Vector, z: Vector, sigma: float, sigma_next: float) -> Vector:

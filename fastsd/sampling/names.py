@@ -10,7 +10,7 @@ from typing import Any
 from fastsd.errors import ParameterError
 from fastsd.sampling.consistency import TCD_ETA, lcm, tcd
 from fastsd.sampling.ddim import ddim, ddpm
-from fastsd.sampling.dpm_solver import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde
+from fastsd.sampling.dpm_solver import dpmpp_2m, dpmpp_2m_sde, dpmpp_2m_sde_heun, dpmpp_2s, dpmpp_3m_sde
 from fastsd.sampling.euler import euler, euler_ancestral, lms
 from fastsd.sampling.plms import plms
 from fastsd.sampling.schedule import NoiseSchedule
@@ -38,6 +38,7 @@ class SamplerInfo:
     default_eta             the eta of a caller who gives none; None: it has no such knob
     follows_checkpoint      whether the checkpoint's own schedule (use_karras_sigmas) is its default, as in its twin
     multistep               whether a step reads what earlier ones left; its function then heeds `Walk.begin`
+    brownian                whether k-diffusion draws its noise from a Brownian path
     """
 
     id: str
@@ -54,13 +55,14 @@ class SamplerInfo:
     default_eta: float | None = None
     follows_checkpoint: bool = False
     multistep: bool = False
+    brownian: bool = False
     diffusers_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 SCHEDULE_ALIASES: dict[str, tuple[str, ...]] = {
     "uniform": ("normal",),
-    "karras": (),
-    "exponential": (),
+    "karras": ("ka",),
+    "exponential": ("exp",),
     "sgm_uniform": (),
     "simple": (),
     "beta": (),
@@ -124,7 +126,23 @@ SAMPLERS: dict[str, SamplerInfo] = {
             zero_snr=True,
             follows_checkpoint=True,
             multistep=True,
+            brownian=True,
             diffusers_options={"algorithm_type": "sde-dpmsolver++"},
+        ),
+        SamplerInfo(
+            "dpmpp_2m_sde_heun",
+            "DPM++ 2M SDE Heun",
+            "DPMSolverMultistepScheduler",
+            "DPM++ 2M SDE, the slope integrated over the step (k-diffusion, sample_dpmpp_2m_sde)",
+            dpmpp_2m_sde_heun,
+            aliases=("k_dpmpp_2m_sde_heun",),
+            schedules=_SIGMA_SCHEDULES,
+            takes_timesteps=True,
+            zero_snr=True,
+            follows_checkpoint=True,
+            multistep=True,
+            brownian=True,
+            diffusers_options={"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"},
         ),
         SamplerInfo(
             "dpmpp_3m_sde",
@@ -135,6 +153,19 @@ SAMPLERS: dict[str, SamplerInfo] = {
             aliases=("k_dpmpp_3m_sde",),
             schedules=_SIGMA_SCHEDULES,
             takes_sigmas=True,
+            multistep=True,
+            brownian=True,
+        ),
+        SamplerInfo(
+            "dpmpp_2s",
+            "DPM++ 2S",
+            "DPMSolverSinglestepScheduler",
+            "second-order single-step: pairs of steps of one UNet call each (Lu et al. 2022)",
+            dpmpp_2s,
+            aliases=("k_dpmpp_2s", "dpm_solver_singlestep"),
+            schedules=tuple(name for name in _SIGMA_SCHEDULES if name != "sgm_uniform"),
+            takes_timesteps=True,
+            follows_checkpoint=True,
             multistep=True,
         ),
         SamplerInfo(
@@ -156,6 +187,7 @@ SAMPLERS: dict[str, SamplerInfo] = {
             aliases=("k_dpmpp_sde",),
             schedules=_SIGMA_SCHEDULES,
             follows_checkpoint=True,
+            brownian=True,
         ),
         SamplerInfo(
             "euler",

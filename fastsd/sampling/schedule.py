@@ -30,6 +30,7 @@ SAMPLER_OF_CLASS = {
     "DDIMScheduler": "ddim",
     "PNDMScheduler": "plms",
     "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "DPMSolverSinglestepScheduler": "dpmpp_2s",
     "DPMSolverSDEScheduler": "dpmpp_sde",
     "EulerDiscreteScheduler": "euler",
     "EulerAncestralDiscreteScheduler": "euler_ancestral",
@@ -67,6 +68,11 @@ ACCEPTED_OPTIONS: dict[str, tuple[Any, ...]] = {
 VARIANTS: dict[str, dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "DPMSolverMultistepScheduler": {
         "algorithm_type": ("dpmsolver++", ("dpmsolver++", "sde-dpmsolver++", "deis")),
+        "solver_order": (2, (2,)),
+        "solver_type": ("midpoint", ("midpoint", "logrho", "bh1", "bh2")),
+    },
+    "DPMSolverSinglestepScheduler": {
+        "algorithm_type": ("dpmsolver++", ("dpmsolver++", "deis")),
         "solver_order": (2, (2,)),
         "solver_type": ("midpoint", ("midpoint", "logrho", "bh1", "bh2")),
     },
@@ -109,8 +115,8 @@ class NoiseSchedule:
     steps_offset        added to the timesteps of "leading" spacing
     set_alpha_to_one    whether the last step goes to ᾱ = 1, or stops at ᾱ_0; None: the default of the sampler's class
     final_sigmas_type   where Euler, DPM-Solver++ and UniPC stop: "zero", or "sigma_min", the noise of timestep 0
-    lower_order_final   UniPC ends on a first-order step, DEIS and DPM-Solver++ in under 15 steps (the last of them always
-                        where it ends at zero)
+    lower_order_final   UniPC and DPM-Solver++(2S) end on a first-order step, DEIS and DPM-Solver++ in under 15 steps (the last
+                        of them always where it ends at zero); None: they do, but (2S) only where it must
     euler_at_final      DPM-Solver++ ends on a first-order step in any number of steps
     distilled_steps     the steps a consistency model was distilled on: the timesteps that LCM and TCD choose from
     timestep_scaling    LCM's factor on the timestep in its boundary condition
@@ -124,7 +130,7 @@ class NoiseSchedule:
     steps_offset: int = 0
     set_alpha_to_one: bool | None = None
     final_sigmas_type: str = "zero"
-    lower_order_final: bool = True
+    lower_order_final: bool | None = None
     euler_at_final: bool = False
     distilled_steps: int = 50
     timestep_scaling: float = 10.0
@@ -163,7 +169,7 @@ class NoiseSchedule:
             steps_offset=read.integer("steps_offset", 0, low=0, high=MAX_TRAIN_STEPS),
             set_alpha_to_one=to_one,
             final_sigmas_type=read.choice("final_sigmas_type", "zero", FINAL_SIGMAS_TYPES),
-            lower_order_final=read.flag("lower_order_final", True),
+            lower_order_final=read.flag("lower_order_final", True) if "lower_order_final" in read.json else None,
             euler_at_final=read.flag("euler_at_final", False),
             distilled_steps=read.integer("original_inference_steps", 50, high=MAX_TRAIN_STEPS),
             timestep_scaling=read.number("timestep_scaling", 10.0, above=0),

@@ -27,6 +27,7 @@ class Table:
     initial_scale       > 0
     alpha_bars          [n] float64, ᾱ of what the UNet sees in each step, where the timestep does not tell it: of samplers on
                         x = sqrt(ᾱ) x_0 + sqrt(1 - ᾱ) ε whose noise levels lie between whole timesteps. Else None
+    calls               rows a step: 2 of samplers that call the UNet twice and make the step anew from where it began
     """
 
     sampler: str
@@ -36,6 +37,7 @@ class Table:
     update: Vector
     initial_scale: float
     alpha_bars: Vector | None = None
+    calls: int = 1
 
     def __post_init__(self) -> None:
         n, s = self.model_input.shape
@@ -66,8 +68,9 @@ class Table:
     def noise_levels(self, noise: NoiseSchedule) -> Vector:
         """[n+1, 2]: before each step state[0] is levels[i, 0] x_0 + levels[i, 1] ε; after the last, (1, 0).
 
-        What diffusers' schedulers compute in add_noise. Read from the input scale where a table has one (x = x_0 + σ ε, which
-        the UNet sees times sqrt(ᾱ)), else from alpha_bars or the timesteps.
+        What diffusers' schedulers compute in add_noise; but in the middle of a step of DPM2 and DPM++ SDE theirs gives the level
+        of the step's end, below that of the latents and of what the UNet is told there. Read from the input scale where a table
+        has one (x = x_0 + σ ε, which the UNet sees times sqrt(ᾱ)), else from alpha_bars or the timesteps.
         """
         scale = self.model_input[:, 0]
         alpha_bars = noise.alphas_cumprod[self.timesteps.round().astype(int)]
@@ -77,6 +80,13 @@ class Table:
             alpha_bars = self.alpha_bars
         levels = np.stack([np.sqrt(alpha_bars), np.sqrt(1.0 - alpha_bars)], axis=1) / scale[:, None]
         return np.concatenate([levels, [[1.0, 0.0]]])
+
+    def noise_spans(self, noise: NoiseSchedule) -> Vector:
+        """[n, 2]: σ = noise per unit of signal, from where to where each row adds fresh noise: from the level that its step
+        began at to the one that it leads to."""
+        signal, rest = self.noise_levels(noise).T
+        sigmas, rows = rest / signal, np.arange(len(self))
+        return np.stack([sigmas[rows - rows % self.calls], sigmas[1:]], axis=1)
 
     def needs_noise(self, step: int) -> bool:
         """Whether this step adds fresh noise."""
@@ -100,6 +110,7 @@ def assemble(
     input_scales: Vector | None = None,
     initial_scale: float = 1.0,
     alpha_bars: Vector | None = None,
+    calls: int = 1,
 ) -> Table:
     """A table from the state after each step, `states[i]` being its S slots as vectors over the basis.
 
@@ -108,4 +119,5 @@ def assemble(
     update = np.array(states)  # [n, S, S+2]
     model_input = np.zeros(update.shape[:2])
     model_input[:, 0] = 1.0 if input_scales is None else input_scales
-    return Table(sampler, schedule, timesteps.astype(np.float64), model_input, update, float(initial_scale), alpha_bars)
+    scale = float(initial_scale)
+    return Table(sampler, schedule, timesteps.astype(np.float64), model_input, update, scale, alpha_bars, calls)

@@ -75,7 +75,7 @@ def dpmpp_2s_ancestral(noise: NoiseSchedule, walk: Walk) -> Table:
 def dpmpp_sde(noise: NoiseSchedule, walk: Walk) -> Table:
     """DPM-Solver++(2S) with fresh noise at both calls: k-diffusion's sample_dpmpp_sde, at r = 1/2.
 
-    There and in diffusers both noises of a step may come from one Brownian path; here they are independent.
+    There and in diffusers both noises of a step come from one Brownian path: see `fastsd.brownian`.
     """
     return _table("dpmpp_sde", noise, walk, _to_middle_image, _geometric_mean, noisy_middle=True)
 
@@ -122,7 +122,7 @@ def _table(
     x0, _ = denoised_and_eps(noise, x, out, sigmas[-1])
     states.append([x0, old_x, old_eps])
     calls = _interleaved(timesteps, middle_timesteps)
-    return assemble_sigmas(name, noise, walk, calls, _interleaved(sigmas, middles), states)
+    return assemble_sigmas(name, noise, walk, calls, _interleaved(sigmas, middles), states, calls=2)
 
 
 def _interleaved(starts: Sequence[float] | Vector, middles: Sequence[float] | Vector) -> Vector:

@@ -29,7 +29,7 @@ def unipc(noise: NoiseSchedule, walk: Walk) -> Table:
         y = x / math.sqrt(alpha_bar)
         if i > 0 and sigmas[i - 1] > sigmas[i]:
             y = _corrected(old_y, (x0, x0_1, x0_2), sigmas[i - order : i + 1])
-        order = 2 if _has_slope(sigmas, i) and not (i == n - 1 and noise.lower_order_final) else 1
+        order = 2 if _has_slope(sigmas, i) and not (i == n - 1 and noise.lower_order_final is not False) else 1
         image = midpoint_image(x0, x0_1, *sigmas[i - 1 : i + 2]) if order == 2 else x0
         shrink = sigmas[i + 1] / sigmas[i]
         next_y = shrink * y + (1 - shrink) * image
@@ -53,7 +53,7 @@ def deis(noise: NoiseSchedule, walk: Walk) -> Table:
         sigma, sigma_next = sigmas[i], sigmas[i + 1]
         alpha_bar, alpha_bar_next = 1 / (sigma**2 + 1), 1 / (sigma_next**2 + 1)
         _, eps = noise.x0_and_eps(x, out, alpha_bar)
-        few = noise.lower_order_final and walk.begin + n < FEW_STEPS
+        few = noise.lower_order_final is not False and walk.begin + n < FEW_STEPS
         if _has_slope(sigmas, i) and not (i == n - 1 and few):
             before = sigmas[i - 1]
             change = _log_area(sigma, sigma_next, before) * eps - _log_area(sigma, sigma_next, sigma) * old_eps

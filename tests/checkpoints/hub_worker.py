@@ -10,7 +10,8 @@ import sys
 connections: list[str] = []
 sys.addaudithook(lambda event, _: connections.append(event) if event.startswith("socket.") else None)
 
-from fastsd.checkpoints import open_folder, resolve  # noqa: E402
+from fastsd.checkpoints import open_autoencoder, open_folder, resolve, resolve_autoencoder  # noqa: E402
+from fastsd.checkpoints.lora import find_lora  # noqa: E402
 from fastsd.errors import FastSDError  # noqa: E402
 
 records: list[str] = []
@@ -27,8 +28,14 @@ def main() -> None:
         records.clear()
         answer: dict[str, object] = {}
         try:
-            path = resolve(request.pop("name"), **request)
-            open_folder(path, variant=request.get("variant"))
+            if request.pop("lora", False):
+                path = find_lora(request.pop("name"), **request)
+            elif request.pop("autoencoder", False):
+                path = resolve_autoencoder(request.pop("name"), **request)
+                open_autoencoder(path, variant=request.get("variant"))
+            else:
+                path = resolve(request.pop("name"), **request)
+                open_folder(path, variant=request.get("variant"))
             answer["path"] = str(path)
         except FastSDError as error:
             answer |= {"error": type(error).__name__, "message": str(error)}

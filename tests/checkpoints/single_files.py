@@ -109,7 +109,7 @@ def assert_same_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], w
     assert not odd, f"{what}: {len(odd)} names on one side only, e.g. {sorted(odd)[:3]}"
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype, f"{what}: {name} became {found[name].dtype}"
-        assert torch.equal(found[name], tensor), f"{what}: {name} differs"
+        oracle.assert_equal(found[name], tensor, f"{what}: {name}")
 
 
 def meta_net(source: SingleFile, component: str) -> nn.Module:

@@ -347,3 +347,103 @@ def test_what_is_neither_folder_nor_id(name: str) -> None:
 def test_a_path_is_never_an_id() -> None:
     with pytest.raises(CheckpointError, match="no such folder: 'acme/model'"):
         resolve(Path("acme/model"))
+
+
+# Adapters: one file of a repository
+
+
+@pytest.fixture
+def lora_hub(hub: Hub) -> Hub:
+    content = safetensors.torch.save({"x": torch.ones(3)})
+    hub.files = {"README.md": b"x", "a [v1].safetensors": content, "deep/b.safetensors": content}
+    return hub
+
+
+def test_the_only_lora_of_a_repository(lora_hub: Hub, online: Ask, offline: Ask, cache: str) -> None:
+    answer = online("acme/style", lora=True, cache_dir=cache)
+    assert Path(answer["path"]).read_bytes() == lora_hub.files["a [v1].safetensors"]
+    assert lora_hub.downloaded() == {"a [v1].safetensors"}
+    assert answer["log"] == [f"acme/style: revision main is commit {COMMIT}"]
+    lora_hub.requests.clear()
+    assert online("acme/style", lora=True, cache_dir=cache)["path"] == answer["path"]
+    assert lora_hub.downloaded() == set(), "downloaded again"
+    assert offline("acme/style", lora=True, cache_dir=cache)["path"] == answer["path"], "it is in the cache"
+
+
+def test_a_lora_by_its_name(lora_hub: Hub, online: Ask, cache: str) -> None:
+    lora_hub.files["other.safetensors"] = lora_hub.files["deep/b.safetensors"] + b"no header speaks of this"
+    answer = online("acme/style", lora=True, cache_dir=cache, weight_name="other.safetensors", revision="v1")
+    assert Path(answer["path"]).read_bytes() == lora_hub.files["other.safetensors"]
+    assert lora_hub.downloaded() == {"other.safetensors"}
+    for options, words in (
+        ({}, "say which file with weight_name; files there: README.md, a [v1].safetensors, other.safetensors"),
+        ({"weight_name": "c.safetensors"}, "acme/style holds no c.safetensors; files there: README.md"),
+        ({"weight_name": "deep/b.safetensors"}, "no plain file name"),
+    ):
+        refused = online("acme/style", lora=True, cache_dir=cache, **options)
+        assert refused.get("error") == "CheckpointError", refused
+        assert words in refused["message"]
+
+
+def test_a_lora_that_cannot_be_had(lora_hub: Hub, online: Ask, offline: Ask, cache: str) -> None:
+    assert_hub_error(offline("acme/style", lora=True, cache_dir=cache), "offline", "HF_HUB_OFFLINE")
+    assert_hub_error(online("acme/gated", lora=True, cache_dir=cache), "gated", "HF_TOKEN")
+    assert_hub_error(online("acme/unknown", lora=True, cache_dir=cache), "no such model on the hub")
+    lora_hub.faults["a [v1].safetensors"] = "corrupt"
+    assert_hub_error(online("acme/style", lora=True, cache_dir=cache), "corrupt", "try again")
+    lora_hub.faults.clear()
+    assert "path" in online("acme/style", lora=True, cache_dir=cache), "the corrupt file was kept"
+    no_id = online("../style", lora=True, cache_dir=cache)
+    assert no_id["error"] == "CheckpointError"
+    assert "no such file or folder: ../style" in no_id["message"]
+
+
+# An autoencoder alone
+
+VAE_FILES = {name.removeprefix("vae/"): content for name, content in MODEL.items() if name.startswith("vae/")}
+
+
+@pytest.mark.parametrize("folder", ["", "vae/", "vqvae/"])
+def test_only_the_autoencoder_is_downloaded(hub: Hub, online: Ask, offline: Ask, cache: str, folder: str) -> None:
+    """stabilityai/sd-vae-ft-mse holds it at the top, a pipeline's repository beneath."""
+    hub.files = dict.fromkeys(OTHER_FILES, b"x" * 100) | {folder + name: data for name, data in VAE_FILES.items()}
+    hub.files |= {folder + "diffusion_pytorch_model.fp16.safetensors": b"x", folder + "deep/config.json": b"x"}
+    answer = online("acme/vae", autoencoder=True, cache_dir=cache)
+    assert_model(answer, VAE_FILES)
+    assert hub.downloaded() == {folder + name for name in VAE_FILES}
+    assert answer["log"] == [f"acme/vae: revision main is commit {COMMIT}"]
+    hub.requests.clear()
+    again = offline("acme/vae", autoencoder=True, cache_dir=cache)
+    assert again["path"] == answer["path"], again
+    assert hub.requests == []
+
+
+def test_an_autoencoder_that_cannot_be_had(hub: Hub, online: Ask, offline: Ask, cache: str) -> None:
+    assert_hub_error(offline("acme/vae", autoencoder=True, cache_dir=cache), "acme/vae", "offline")
+    assert_hub_error(online("acme/gated", autoencoder=True, cache_dir=cache), "gated", "HF_TOKEN")
+    hub.files["vae/diffusion_pytorch_model.safetensors"] = safetensors.torch.save({"x": torch.ones(9)})
+    hub.faults["vae/diffusion_pytorch_model.safetensors"] = "corrupt"
+    assert_hub_error(online("acme/vae", autoencoder=True, cache_dir=cache), "corrupt", "try again")
+    hub.faults.clear()
+    assert "path" in online("acme/vae", autoencoder=True, cache_dir=cache), "the corrupt file was kept"
+    refused = offline("acme/vae", autoencoder=True, cache_dir=cache, variant="fp16")
+    assert "path" in refused, "as in a pipeline, the plain file stands in for a variant that is not there"
+    for files, words in (
+        ({"README.md": b"x", "vae-ft-mse.safetensors": b"x"}, "holds no autoencoder: there is no config.json"),
+        (
+            {"config.json": b'{"_class_name": "UNet2DConditionModel"}'},
+            "describes a UNet2DConditionModel, not a Autoenc",
+        ),
+        ({"config.json": VAE_FILES["config.json"]}, "vae/ holds no usable weights"),
+        (
+            {"config.json": VAE_FILES["config.json"], "diffusion_pytorch_model.bin": b"x"},
+            "only safetensors are downloaded",
+        ),
+    ):
+        hub.files = files
+        hub.requests.clear()
+        answer = online("acme/vae", autoencoder=True, cache_dir=f"{cache}-{len(words)}")
+        assert words in answer.get("message", ""), answer
+        assert "acme/vae" in answer["message"]
+        assert answer["message"].isprintable()
+        assert not any(name.endswith((".safetensors", ".bin")) for name in hub.downloaded())

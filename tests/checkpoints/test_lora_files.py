@@ -1,5 +1,7 @@
 """LoRA and embedding files that are damaged, unsafe, or for another model: one line that says so, and nothing changed."""
 
+import base64
+import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Callable
@@ -8,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 import fastsd
 from fastsd.adapters import LoraAdapters, SwapLock
-from fastsd.adapters.lora_layers import read_layers
+from fastsd.adapters.lora_layers import read_lora
 from fastsd.checkpoints.lora import read_embedding
 from fastsd.errors import CheckpointError
 from tests.adapter_builders import LINEAR, kohya_lora, nets, save, save_small_model, weights
@@ -36,7 +40,7 @@ def good(pipe: fastsd.Pipeline) -> State:
 
 def assert_refused(pipe: fastsd.Pipeline, path: Path, reason: str, **options: Any) -> str:
     with pytest.raises(CheckpointError, match=reason) as caught:
-        read_layers(path, nets(pipe), **options)
+        read_lora(path, nets(pipe), **options)
     message = str(caught.value)
     assert "\n" not in message, f"more than a line: {message}"
     assert message.isprintable(), f"control characters: {message!r}"
@@ -168,7 +172,7 @@ def test_faults_are_told_in_a_line(pipe: fastsd.Pipeline, good: State, tmp_path:
 
 def test_the_undamaged_file_is_read(pipe: fastsd.Pipeline, good: State, tmp_path: Path) -> None:
     """Else the faults above might be refused for something else."""
-    found = read_layers(save(good, tmp_path / "good.safetensors"), nets(pipe))
+    found = read_lora(save(good, tmp_path / "good.safetensors"), nets(pipe)).layers
     assert len(found) == len(good) // 3
     assert {component for component, _ in found} == {"unet", "text_encoder"}
 
@@ -228,8 +232,8 @@ def test_pickles_only_if_allowed(pipe: fastsd.Pipeline, good: State, tmp_path: P
     path = tmp_path / "lora.safetensors"  # its content tells, not its name
     torch.save(good, path)
     assert_refused(pipe, path, "is a pickle, which can carry code.*allow_pickle=True")
-    found = read_layers(path, nets(pipe), allow_pickle=True)
-    safe = read_layers(save(good, tmp_path / "same.safetensors"), nets(pipe))
+    found = read_lora(path, nets(pipe), allow_pickle=True).layers
+    safe = read_lora(save(good, tmp_path / "same.safetensors"), nets(pipe)).layers
     for layer, delta in safe.items():
         assert torch.equal(delta.value(), found[layer].value()), f"{layer} differs"
     torch.save(good | {"x": Attack()}, path)
@@ -249,15 +253,15 @@ def test_which_file_of_a_folder(pipe: fastsd.Pipeline, good: State, tmp_path: Pa
     assert_refused(pipe, tmp_path / "nothing", "no such file or folder")
     assert_refused(pipe, tmp_path, "say which file with weight_name; files there: none")
     mine = save(good, tmp_path / "mine.safetensors")
-    assert len(read_layers(tmp_path, nets(pipe))) == len(good) // 3
+    assert len(read_lora(tmp_path, nets(pipe)).layers) == len(good) // 3
     save({key: tensor for key, tensor in good.items() if TO_Q in key}, tmp_path / "one.safetensors")
     assert_refused(pipe, tmp_path, "say which file with weight_name; files there: mine.safetensors, one.safetensors")
-    assert len(read_layers(tmp_path, nets(pipe), "one.safetensors")) == 1
+    assert len(read_lora(tmp_path, nets(pipe), "one.safetensors").layers) == 1
     assert_refused(pipe, tmp_path, "holds no three.safetensors", weight_name="three.safetensors")
     assert_refused(pipe, tmp_path, "no plain file name", weight_name="../mine.safetensors")
     assert_refused(pipe, mine, "leave weight_name out", weight_name="mine.safetensors")
     mine.rename(tmp_path / "pytorch_lora_weights.safetensors")
-    assert len(read_layers(tmp_path, nets(pipe))) == len(good) // 3, "diffusers' own name comes first"
+    assert len(read_lora(tmp_path, nets(pipe)).layers) == len(good) // 3, "diffusers' own name comes first"
 
 
 @pytest.mark.parametrize(
@@ -303,13 +307,13 @@ def test_embeddings_of_both_kinds(tmp_path: Path, state: Any, word: str, kind: s
         if "string_to_param" in state:
             state, word = {"emb_params": VECTORS}, "some"
         save({key: value.detach() for key, value in state.items()}, path)
-        label, found, read = read_embedding(path)
+        label, found, read, digest = read_embedding(path)
     else:
         torch.save(state, path, _use_new_zipfile_serialization=kind == "pickle")
         with pytest.raises(CheckpointError, match="is a pickle"):
             read_embedding(path)
-        label, found, read = read_embedding(path, allow_pickle=True)
-    assert (label, found) == ("some.pt", word)
+        label, found, read, digest = read_embedding(path, allow_pickle=True)
+    assert (label, found, digest) == ("some.pt", word, hashlib.sha256(path.read_bytes()).hexdigest())
     assert torch.equal(read, vectors.detach().reshape(-1, 48)), "other vectors"
 
 
@@ -346,6 +350,97 @@ def test_embedding_faults(tmp_path: Path, fault: str) -> None:
             read_embedding(path, allow_pickle=True)
         assert str(caught.value).startswith(f"{path.name}: "), str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+class OldParameterDict(torch.nn.ParameterDict):
+    """As torch before 1.12 kept its parameters: as a module does."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {key: value for key, value in self.__dict__.items() if key != "_keys" and not isinstance(value, Tensor)}
+        return state | {"_parameters": OrderedDict((key, self[key]) for key in self.keys())}
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_embeddings_in_a_parameter_dict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: bool) -> None:
+    """What A1111 trains: torch's own class, which is not made, nor is any of its code run."""
+    held: Any = (OldParameterDict if old else torch.nn.ParameterDict)({"*": torch.nn.Parameter(VECTORS)})
+    OldParameterDict.__module__, OldParameterDict.__qualname__ = "torch.nn.modules.container", "ParameterDict"
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.nn.modules.container.ParameterDict", type(held))  # as pickle looks it up
+        torch.save(A1111 | {"string_to_param": held}, tmp_path / "cat.pt")
+    with pytest.raises(CheckpointError, match="is a pickle"):
+        read_embedding(tmp_path / "cat.pt")
+    _, word, read, _ = read_embedding(tmp_path / "cat.pt", allow_pickle=True)
+    assert word == "cat"
+    assert torch.equal(read, VECTORS)
+    assert type(read) is Tensor
+    torch.save(A1111 | {"string_to_param": torch.nn.ParameterDict()}, tmp_path / "none.pt")
+    with pytest.raises(CheckpointError, match="must hold one embedding, but holds none"):
+        read_embedding(tmp_path / "none.pt", allow_pickle=True)
+    torch.save(A1111 | {"string_to_param": torch.nn.ModuleDict()}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match=r"asks for torch\.nn\.modules\.container\.ModuleDict"):
+        read_embedding(tmp_path / "other.pt", allow_pickle=True)
+
+
+def embedding_image(path: Path, text: str | None) -> Path:
+    info = PngInfo()
+    if text is not None:
+        info.add_text("sd-ti-embedding", text)
+    Image.new("RGB", (8, 8)).save(path, pnginfo=info)
+    return path
+
+
+def as_web_ui(state: dict[str, Any]) -> str:
+    rows = {key: {"TORCHTENSOR": tensor.tolist()} for key, tensor in state["string_to_param"].items()}
+    return base64.b64encode(json.dumps(state | {"string_to_param": rows}).encode()).decode()
+
+
+def test_an_embedding_in_a_picture(tmp_path: Path) -> None:
+    label, word, read, digest = read_embedding(embedding_image(tmp_path / "some.PNG", as_web_ui(A1111)))
+    assert (label, word) == ("some.PNG", "cat")
+    assert torch.equal(read, VECTORS)
+    assert digest == hashlib.sha256((tmp_path / "some.PNG").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (None, "a picture that holds no embedding"),
+        ("!!!", "is no base64"),
+        (base64.b64encode(b"{").decode(), "not valid JSON"),
+        (base64.b64encode(b"[1]").decode(), "not an object"),
+        (base64.b64encode(b'{"string_to_param": {"*": {"TORCHTENSOR": [[1, 2], [3]]}}}').decode(), "rows of numbers"),
+        (base64.b64encode(b'{"string_to_param": {"*": {"TORCHTENSOR": [["a"]]}}}').decode(), "rows of numbers"),
+        (base64.b64encode(b'{"string_to_param": {"*": 3}}').decode(), "rows of numbers"),
+        (base64.b64encode(b'{"string_to_param": {"*": {"TORCHTENSOR": [[[1]]]}}}').decode(), r"vectors \[n, C\]"),
+        (
+            base64.b64encode(b'{"string_to_param": {"*": {"TORCHTENSOR": [[1e300]]}}}').decode(),
+            "NaN or infinite|numbers",
+        ),
+    ],
+)
+def test_pictures_that_hold_no_embedding(tmp_path: Path, text: str | None, reason: str) -> None:
+    path = embedding_image(tmp_path / "some.png", text)
+    with pytest.raises(CheckpointError, match=reason) as caught:
+        read_embedding(path)
+    assert str(caught.value).startswith("some.png: ")
+    assert "\n" not in str(caught.value)
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(CheckpointError, match="cannot be read as a PNG"):
+        read_embedding(path)
+
+
+def test_the_hash_is_of_what_was_read(pipe: fastsd.Pipeline, good: State, tmp_path: Path) -> None:
+    """As the web UI takes it: of all behind a safetensors header, so that a changed header is the same LoRA."""
+    files = [save(good, tmp_path / "a.safetensors"), save(good, tmp_path / "b.safetensors", {"ss_tag": "x" * 99})]
+    contents = [path.read_bytes() for path in files]
+    behind = {content[8 + int.from_bytes(content[:8], "little") :] for content in contents}
+    assert len(behind) == 1
+    hashes = {read_lora(path, nets(pipe)).sha256 for path in files}
+    assert hashes == {hashlib.sha256(behind.pop()).hexdigest()}
+    torch.save(good, tmp_path / "c.pt")
+    found = read_lora(tmp_path / "c.pt", nets(pipe), allow_pickle=True)
+    assert (found.name, found.sha256) == ("c", hashlib.sha256((tmp_path / "c.pt").read_bytes()).hexdigest())
 
 
 def test_a_large_embedding_is_not_opened(tmp_path: Path) -> None:

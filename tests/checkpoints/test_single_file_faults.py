@@ -14,6 +14,7 @@ from fastsd.checkpoints.architecture import INPUT_CHANNELS
 from fastsd.errors import CheckpointError
 from tests.checkpoints.checkpoint_builders import bundled_state, join, split
 from tests.checkpoints.single_files import Model, assert_same_tensors, folder_state, load, meta_net, refusal, save
+from tests.oracle import assert_equal
 
 # What it is not
 
@@ -59,7 +60,7 @@ def test_an_inpainting_unet(sd1: Model, tmp_path: Path) -> None:
     path = save(tmp_path / "wide.safetensors", sd1.state | {f"{UNET}input_blocks.0.0.weight": weight})
     pipe = fastsd.Pipeline.from_single_file(path)
     assert pipe.config.unet.in_channels == 9
-    assert torch.equal(pipe.unet.conv_in.weight.half(), weight)
+    assert_equal(pipe.unet.conv_in.weight.half(), weight, "conv_in")
 
 
 @pytest.mark.parametrize("channels", sorted(INPUT_CHANNELS.keys() - {9}))

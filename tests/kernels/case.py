@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bench.record import ROOT
+from tests.measured import measured
 from tests.oracle import relative_l2
 from tests.tolerances import OPS
 
@@ -48,6 +49,7 @@ class Output:
         missing = int((~self.tensor.isfinite()).sum())
         assert not missing, f"{name}: {missing} elements are not finite, or were never written"
         error, gate = relative_l2(self.tensor, truth), OPS[name][self.tensor.dtype]
+        measured("relative L2", error, gate)
         assert error <= gate, f"{name} {self.tensor.dtype}: relative L2 error {error:.1e} > {gate:.0e}"
         if plain is not None:
             limit = 2 * relative_l2(plain, truth) + 1e-6

@@ -20,6 +20,7 @@ from fastsd.kernels.flash_attn import (
     split,
     tiles,
 )
+from tests.measured import measured
 from tests.tolerances import OPS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -80,6 +81,7 @@ def check(
     assert buffer.isfinite().sum() == out.numel(), "written beside the output"
     true = truth(q, k, v, mask, causal)
     ours, torchs = error(out, true), error(ops.attention(q, k, v, mask, causal), true)
+    measured("relative L2", ours, OPS["attention"][q.dtype])
     assert ours <= OPS["attention"][q.dtype], f"relative error {ours:.2e}"
     assert ours <= 2 * torchs + 1e-6, f"relative error {ours:.2e}, PyTorch's {torchs:.2e}"
     return out

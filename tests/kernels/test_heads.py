@@ -6,6 +6,7 @@ import torch
 from fastsd.kernels import heads
 from fastsd.ops import REFERENCE
 from tests.kernels.case import DTYPES, draw
+from tests.measured import measured
 from tests.oracle import relative_l2
 from tests.tolerances import OPS
 
@@ -26,6 +27,7 @@ def test_project_heads(dtype: torch.dtype, biased: bool, count: int, head_dim: i
         assert one.shape == (2, 7, 2, stored)
         assert not one[..., head_dim:].any(), "what attention takes for zeros is not zero"
         error = relative_l2(one[..., :head_dim], expected)
+        measured("relative L2", error, OPS["linear"][dtype])
         assert error <= OPS["linear"][dtype], f"relative L2 error {error:.1e}"
 
 

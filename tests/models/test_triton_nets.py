@@ -14,6 +14,7 @@ from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE
 from fastsd.ops import REFERENCE, Ops
 from tests.kernels.case import DEVICE, DTYPES, draw
+from tests.measured import measured
 from tests.oracle import relative_l2
 from tests.tolerances import COSINE, UNET_STEP
 
@@ -42,6 +43,7 @@ def check_net(
     found, reference = run(triton, dtype), run(plain, dtype)
     assert found.isfinite().all(), f"{name}: not finite"
     error, limit = relative_l2(found, expected), 2 * relative_l2(reference, expected) + 1e-6
+    measured("relative L2", error, min(limit, UNET_STEP[dtype]))
     assert error <= UNET_STEP[dtype], f"{name} {dtype}: relative L2 error {error:.1e} > {UNET_STEP[dtype]:.0e}"
     assert error <= limit, f"{name} {dtype}: error {error:.1e}, plain PyTorch's allows {limit:.1e}"
     cosine = torch.cosine_similarity(found.double().flatten(), expected.flatten(), dim=0)

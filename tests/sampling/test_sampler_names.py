@@ -21,6 +21,7 @@ NOISE = NoiseSchedule.from_config(SD15)
         # diffusers
         ("PNDMScheduler", ("plms", None)),
         ("DPMSolverMultistepScheduler", ("dpmpp_2m", None)),
+        ("DPMSolverSinglestepScheduler", ("dpmpp_2s", None)),
         ("EulerAncestralDiscreteScheduler", ("euler_ancestral", None)),
         # AUTOMATIC1111
         ("Euler a", ("euler_ancestral", None)),
@@ -32,6 +33,10 @@ NOISE = NoiseSchedule.from_config(SD15)
         ("DPM++ 2M SDE Karras", ("dpmpp_2m_sde", "karras")),
         ("DPM++ 3M SDE Exponential", ("dpmpp_3m_sde", "exponential")),
         ("DPM++ 2S a", ("dpmpp_2s_ancestral", None)),
+        ("DPM++ 2M SDE Heun Exponential", ("dpmpp_2m_sde_heun", "exponential")),
+        ("k_dpmpp_2m_sde_ka", ("dpmpp_2m_sde", "karras")),
+        ("k_dpmpp_3m_sde_exp", ("dpmpp_3m_sde", "exponential")),
+        ("k_dpm_2_a_ka", ("dpm2_ancestral", "karras")),
         ("DPM2 a Karras", ("dpm2_ancestral", "karras")),
         ("Heun SGM Uniform", ("heun", "sgm_uniform")),
         ("Euler Align Your Steps", ("euler", "align_your_steps")),
@@ -148,7 +153,7 @@ def test_dpm_solver_leading_spacing_needs_one_timestep_more_than_steps():
         # what the diffusers classes take
         (
             {"sampler": "plms", "timesteps": [5]},
-            "timesteps: plms does not take them.*ddpm, dpmpp_2m, dpmpp_2m_sde, euler",
+            "timesteps: plms does not take them.*ddpm, dpmpp_2m, dpmpp_2m_sde, .*, euler",
         ),
         ({"sampler": "ddim", "timesteps": [5]}, "timesteps: ddim does not take them"),
         ({"sampler": "euler a", "timesteps": [5]}, "timesteps: euler_ancestral does not take them"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastsd.sampling import SAMPLERS, NoiseSchedule, make_table
+from tests.measured import measured
 from tests.sampling.sampler_cases import CONFIGS, SD15, WALKS, run_table
 from tests.tolerances import (
     SAMPLER,
@@ -109,6 +110,7 @@ def assert_same(table, scheduler, monkeypatch, tolerance=None, timestep=None, **
     for step in range(len(table)):
         for what, ours, theirs in (("input", seen, twin_seen), ("latents", reached, twin_reached)):
             error = np.abs(ours[step] - theirs[step]).max() / max(1.0, np.abs(theirs[step]).max())
+            measured("relative error", error, tolerance)
             assert error <= tolerance, (
                 f"{what} of step {step} of {len(table)}: relative error {error:.1e} > {tolerance}"
             )

@@ -16,7 +16,7 @@ BUILD_SECONDS = 0.5
 
 SLOTS = 5  # of fastsd.denoise, which needs torch
 TWO_STAGE = ("heun", "dpm2", "dpm2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde")
-SOLVERS = ("dpmpp_2m", "dpmpp_2m_sde", "unipc", "deis")  # spaced above timestep 0
+SOLVERS = ("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "unipc", "deis")  # spaced above timestep 0
 T = 1000
 SMALL_T = 40  # few enough timesteps to try every step count
 PREDICTIONS = ("epsilon", "v_prediction", "sample")

@@ -1,0 +1,97 @@
+"""The tags by which the web UI's prompts name what a picture is made with beside the model: `<lora:name:0.8>`.
+
+`<lora:ink>` has weight 1, `<lora:ink:0.8>` 0.8, `<lora:ink:0.5:1>` 0.5 in the text encoder and 1 in the UNet; `te=0.5` and
+`unet=1` say it by name. `<lyco:…>` is another word for it. A tag is no part of what is encoded, but stays in what is written into
+files. The same LoRA named twice is added twice. Only the command line reads them, and only in the prompt.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from fastsd.errors import PromptError
+from fastsd.wording import quoted
+
+_TAG = re.compile(r"<(lora|lyco|hypernet):([^<>]*)>")  # what is within has no "<": linear time
+_WRITABLE = re.compile(r"[^:<>\n]+")
+
+
+class LoraTag(NamedTuple):
+    name: str
+    """The file's, without its suffix."""
+    text_encoder: float
+    unet: float
+
+
+class Tagged(NamedTuple):
+    """A prompt, and what its tags ask for."""
+
+    text: str
+    """What is encoded: see `without_tags`."""
+    loras: list[LoraTag]
+    """One a name."""
+    hypernets: list[str]
+    """Names."""
+
+
+def take_tags(prompt: str) -> Tagged:
+    """PromptError for a tag without a name, and for a weight that is no number."""
+    loras: dict[str, LoraTag] = {}
+    hypernets = []
+    for match in _TAG.finditer(prompt):
+        if match[1] == "hypernet":
+            hypernets.append(match[2].partition(":")[0])
+            continue
+        tag = _lora(match[0], match[2])
+        before = loras.get(tag.name, LoraTag(tag.name, 0.0, 0.0))
+        loras[tag.name] = LoraTag(tag.name, before.text_encoder + tag.text_encoder, before.unet + tag.unet)
+    return Tagged(without_tags(prompt), list(loras.values()), hypernets)
+
+
+def without_tags(prompt: str, kind: str = "") -> str:
+    """The prompt without its tags, or those of a kind, and then without spaces at its ends; as it is if it has none."""
+    text = _TAG.sub(lambda tag: "" if kind in ("", tag[1]) else tag[0], prompt)
+    return prompt if text == prompt else text.strip()
+
+
+def with_tags(prompt: str, loras: Iterable[LoraTag]) -> str:
+    """The prompt with a tag behind it for each LoRA that it does not name. A name that no tag can hold is left out."""
+    named = {tag.name for tag in take_tags(prompt).loras}
+    tags = [_written(tag) for tag in loras if tag.name not in named and _WRITABLE.fullmatch(tag.name)]
+    return " ".join([prompt, *tags] if prompt else tags)
+
+
+def with_prompt(parameters: str, text: str, prompt: str) -> str:
+    """`parameters` of a picture that was drawn from `text`, what `take_tags` left of `prompt`: with `prompt` in its place."""
+    if text == prompt:
+        return parameters
+    behind = parameters[len(text) :]
+    if text or behind.startswith("<"):
+        tags, _, behind = behind.partition("\n")
+        prompt = with_tags(prompt, take_tags(tags).loras)
+    return f"{prompt}\n{behind}"
+
+
+def _lora(tag: str, inside: str) -> LoraTag:
+    name, *rest = inside.split(":")
+    weights: dict[str, float] = {}
+    for place, part in enumerate(rest):
+        key, is_named, value = part.rpartition("=")
+        key = key if is_named else ("te", "unet")[place] if place < 2 else ""
+        try:
+            weights[key] = float(value)
+        except ValueError:
+            key = ""
+        if key not in ("te", "unet"):
+            raise PromptError(
+                f"prompt: {quoted(tag)}: {quoted(part)} is no weight; write <lora:name:0.8> or <lora:name:te=0.5:unet=1>"
+            )
+    if not name.strip():
+        raise PromptError(f"prompt: {quoted(tag)} has no name; write <lora:name:0.8>")
+    text_encoder = weights.get("te", 1.0)
+    return LoraTag(name.strip(), text_encoder, weights.get("unet", text_encoder))
+
+
+def _written(tag: LoraTag) -> str:
+    te, unet = (str(int(weight)) if weight.is_integer() else repr(weight) for weight in (tag.text_encoder, tag.unet))
+    return f"<lora:{tag.name}:{te}>" if te == unet else f"<lora:{tag.name}:{te}:{unet}>"
