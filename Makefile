@@ -14,7 +14,7 @@ image: $(VENV)/.installed ## draw PROMPT into OUT with the bundled model, at the
 image: export FASTSD_PROMPT := $(PROMPT)
 
 test: $(VENV)/.installed-test ## every test that is not slow
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n auto -m "not slow and not gpu"
 
 test-all: $(VENV)/.installed-test ## also the slow ones: full-size nets, minutes and gigabytes
 	$(BIN)/python -m pytest -m "not gpu"

@@ -38,6 +38,7 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-benchmark>=5",
+            "pytest-xdist>=3.6",
             "hypothesis>=6",
             "diffusers==0.42.1",
             "transformers==5.23.0",

@@ -160,6 +160,7 @@ def generate(
 def replay(
     image: Annotated[Path, typer.Argument(help="A PNG, JPEG or WebP that fastsd or the web UI made.")],
     model: options.Model = None,
+    vae: options.Vae = None,
     look_in: Annotated[
         list[Path] | None, typer.Option("--look-in", help="Folders whose files may be those that it was made with.")
     ] = None,
@@ -186,7 +187,11 @@ def replay(
             )
         model = str(found["model"])
     loras, words, lost = find_adapters(asked, found, by_name(look_in or []))
-    pipe = load_pipeline(model, device=device, dtype=dtype, backend=backend, allow_pickle=allow_pickle)
+    if vae is None and "vae" in found:
+        vae = str(found["vae"])
+    elif vae is None and asked.vae and "vae" not in asked.hashes:
+        lost.append(f"VAE: the picture was made with {asked.vae}; the model's own is taken, give that one by --vae")
+    pipe = load_pipeline(model, vae=vae, device=device, dtype=dtype, backend=backend, allow_pickle=allow_pickle)
     load_adapters(pipe, [(str(path), weights_of(tag)) for tag, path in loras], words, allow_pickle)
     with progress(quiet) as on_step:
         result = pipe.generate(**asked.arguments, callback_on_step_end=on_step)

@@ -19,12 +19,12 @@ from fastsd.device import computing, is_out_of_memory
 from fastsd.errors import NumericsError, ParameterError
 from fastsd.graph import CudaGraphs, Graphs
 from fastsd.models.vae import VAE
-from fastsd.models.vae_tiles import tiled
 from fastsd.models.vq import VQ, autoencoder
 from fastsd.noise import NoiseSource
 from fastsd.ops import Ops, Wrap
 from fastsd.request import check_seeds
 from fastsd.seamless import seamless
+from fastsd.vae_tiles import tiled
 
 logger = logging.getLogger("fastsd")
 

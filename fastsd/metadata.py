@@ -86,6 +86,8 @@ _SETTINGS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
     ("size", "Size", _string),
     ("model_hash", "Model hash", _string),
     ("model", "Model", _string),
+    ("vae_hash", "VAE hash", _string),
+    ("vae", "VAE", _string),
     ("clip_skip", "Clip skip", _whole),
     ("variation_seed", "Variation seed", _whole),
     ("variation_strength", "Variation seed strength", _number),
@@ -114,10 +116,10 @@ def format_parameters(fields: Mapping[str, Any]) -> str:
     """The web UI's text for one image.
 
     fields: prompt, steps, sampler (the web UI's label), cfg_scale, width and height (pixels); optional, left out when None
-    or "": negative_prompt, schedule_type, seed, model_hash, model, clip_skip (the web UI's count, also left out at 1),
-    variation_seed, variation_strength, denoising_strength, mask_blur (pixels), padding (of the masked area, pixels), tiling,
-    hires_scale, hires_steps, hires_upscaler, emphasis, eta, guidance_rescale, rng, step_noise, lora_hashes and ti_hashes ("name:
-    hash, name: hash"), version (default: this fastsd).
+    or "": negative_prompt, schedule_type, seed, model_hash, model, vae_hash, vae, clip_skip (the web UI's count, also left out
+    at 1), variation_seed, variation_strength, denoising_strength, mask_blur (pixels), padding (of the masked area, pixels),
+    tiling, hires_scale, hires_steps, hires_upscaler, emphasis, eta, guidance_rescale, rng, step_noise, lora_hashes and ti_hashes
+    ("name: hash, name: hash"), version (default: this fastsd).
     ParameterError names a field that is unknown, missing or of the wrong kind.
     """
     unknown = sorted(set(fields) - _KNOWN)

@@ -29,7 +29,7 @@ from fastsd.first_stage import nchw, tell
 from fastsd.hires import enlarge
 from fastsd.image_source import put_back
 from fastsd.jobs import Job, check_job, check_requests, each, images_by_size
-from fastsd.model_hash import ModelHash
+from fastsd.model_hash import ModelFile
 from fastsd.ops import Ops
 from fastsd.previews import Previews
 from fastsd.prompt import encode_prompts, encode_request
@@ -106,9 +106,8 @@ class Pipeline(Previews):
             prediction_type=prediction_type,
             vae=vae,
         )
-        path = Path(model).resolve()  # of which the name alone goes into files, never the path
-        self._model_hash = ModelHash(path) if path.is_file() else None
-        self.name = path.stem if path.is_file() else path.name if path.is_dir() else str(model)
+        self._model_file, self._vae_file = ModelFile(model), None if vae is None else ModelFile(vae)
+        self.name = self._model_file.stem
         config = ModelConfig.from_json(source.text_encoder, source.unet, source.vae)
         # Stable Diffusion was trained to be sampled from timestep 1; diffusers overrides older configs likewise.
         self.noise_schedule = NoiseSchedule.from_config(source.scheduler | {"steps_offset": 1})
@@ -336,8 +335,7 @@ class Pipeline(Previews):
         tell(job.notes + job.degraded)
         if job.drawn is None:
             return present(job.error)
-        model_hash = self._model_hash.get() if self._model_hash else None
-        made_with = MadeWith(self.name, model_hash, job.loras, job.words)
+        made_with = MadeWith(self._model_file, self._vae_file, job.loras, job.words)
         texts = describe(job.request, job.source, job.hires, job.tables[0], made_with)
         return Result(job.drawn, job.request.seeds, dict(timings), texts, job.notes + job.degraded, job.degraded)
 

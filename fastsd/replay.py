@@ -47,9 +47,11 @@ class Replay:
     """For `Pipeline.generate`."""
     model: str | None
     hashes: dict[str, str]
-    """By what they are of: "model", "lora:name", "embed:name"; lower case, as long as the file gives them."""
+    """By what they are of: "model", "vae", "lora:name", "embed:name"; lower case, as long as the file gives them."""
     lost: list[str] = field(default_factory=list)
     """Settings that are not replayed, each with its reason."""
+    vae: str | None = None
+    """In the place of the model's own."""
     prompt: str = ""
     """As the file has it; what is to be drawn of it is among the arguments."""
     loras: list[LoraTag] = field(default_factory=list)
@@ -115,7 +117,8 @@ def read_replay(text: str) -> Replay:
     prompt = fields["prompt"]
     tags = _tags(prompt, lost) if not ours or "lora_hashes" in fields else Tagged(prompt, [], [])
     arguments["prompt"] = tags.text
-    return Replay(arguments, fields.get("model"), dict(_hashes(fields, extra)), lost, prompt, tags.loras)
+    hashes = dict(_hashes(fields, extra))
+    return Replay(arguments, fields.get("model"), hashes, lost, fields.get("vae"), prompt, tags.loras)
 
 
 def _tags(prompt: str, lost: list[str]) -> Tagged:
@@ -153,8 +156,9 @@ def _upscaler(label: str | None, arguments: dict[str, Any], lost: list[str]) -> 
 
 
 def _hashes(fields: Mapping[str, Any], extra: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    if _HASH.fullmatch(fields.get("model_hash", "")):
-        yield "model", fields["model_hash"].lower()
+    for label, name in (("model_hash", "model"), ("vae_hash", "vae")):
+        if _HASH.fullmatch(fields.get(label, "")):
+            yield name, fields[label].lower()
     for label, kind in (("lora_hashes", "lora"), ("ti_hashes", "embed")):
         for part in fields.get(label, "").split(","):
             name, _, value = part.rpartition(":")

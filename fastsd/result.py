@@ -13,6 +13,7 @@ from fastsd.adapters import UsedLora
 from fastsd.hires import UPSCALERS, Hires
 from fastsd.image_source import Source
 from fastsd.metadata import RNG_LABELS, format_parameters, hash_name
+from fastsd.model_hash import ModelFile
 from fastsd.prompt_tags import LoraTag, with_tags
 from fastsd.request import Request
 from fastsd.sampling import SAMPLERS, Table
@@ -42,8 +43,9 @@ class Result:
 class MadeWith(NamedTuple):
     """The files that images are made with."""
 
-    model: str
-    model_hash: str | None
+    model: ModelFile
+    vae: ModelFile | None
+    """In the place of the model's own."""
     loras: Sequence[UsedLora]
     words: Mapping[str, str]
     """Of textual inversions, those that the prompts may hold → their files' SHA-256."""
@@ -65,8 +67,10 @@ def describe(
         "cfg_scale": request.guidance_scale,
         "width": request.width,
         "height": request.height,
-        "model": made_with.model,
-        "model_hash": made_with.model_hash,
+        "model": made_with.model.stem,
+        "model_hash": made_with.model.hash(),
+        "vae": made_with.vae and made_with.vae.name,
+        "vae_hash": made_with.vae and made_with.vae.hash(),
         "lora_hashes": _hashes((lora.name, lora.sha256) for lora in made_with.loras),
         "clip_skip": request.clip_skip + 1 if request.prompts else None,  # A1111 counts the last layer as 1
         "eta": None if default is None or request.eta == default else request.eta,

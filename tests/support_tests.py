@@ -141,8 +141,8 @@ MODES: dict[str, tuple[str, ...]] = {
     "one generator for a batch": (f"tests/{PICTURES}test_latents_embeds_and_generator_as_in_diffusers",),
     "seamless tiling": cases("test_seamless.py::test_pictures_equal_diffusers", *SEAMLESS),
     "large pictures through the VAE in tiles": (
-        "tests/models/test_vae_tiles.py::test_decode_equals_diffusers",
-        "tests/models/test_vae_tiles.py::test_a_sample_of_the_encoded_equals_diffusers",
+        "tests/test_vae_tiles.py::test_decode_equals_diffusers",
+        "tests/test_vae_tiles.py::test_a_sample_of_the_encoded_equals_diffusers",
     ),
     "tiles where memory runs out": ("tests/test_memory.py::test_a_large_picture_is_decoded_in_tiles",),
     "previews, linear": ("tests/test_previews.py::test_one_pixel_a_latent_is_the_mean_of_what_the_vae_decodes",),

@@ -21,7 +21,7 @@ from fastsd.denoise import Denoiser
 from fastsd.errors import ParameterError
 from fastsd.graph import Graphs
 from fastsd.metadata import parse_parameters
-from fastsd.model_hash import ModelHash
+from fastsd.model_hash import ModelFile
 from tests.adapter_builders import kohya_lora, save
 from tests.oracle import assert_equal
 from tests.test_graph import StandIn
@@ -168,5 +168,12 @@ def test_a_single_file_has_its_hash(tmp_path: Path) -> None:
     assert fields["model_hash"] == hashlib.sha256(path.read_bytes()).hexdigest()[:10]
 
 
-def test_a_hash_that_cannot_be_taken_is_left_out(tmp_path: Path) -> None:
-    assert ModelHash(tmp_path / "gone.safetensors").get() is None
+def test_a_hash_that_cannot_be_taken_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"abc")
+    assert ModelFile(tmp_path / "model.safetensors").hash() == "ba7816bf8f", "FIPS 180-2's example"
+
+    def gone(path: Path) -> str:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr("fastsd.model_hash.file_sha256", gone)
+    assert ModelFile(tmp_path / "model.safetensors").hash() is None

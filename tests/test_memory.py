@@ -14,9 +14,9 @@ from torch import Tensor
 import fastsd
 from fastsd.device import is_out_of_memory
 from fastsd.errors import OutOfMemoryError, ParameterError
-from fastsd.models.vae_tiles import tiled
 from fastsd.ops import REFERENCE
 from fastsd.result import Result
+from fastsd.vae_tiles import tiled
 from tests import oracle
 from tests.tolerances import IMAGE_PSNR
 

@@ -253,7 +253,7 @@ def test_result_tells_how_it_was_made(pipe: fastsd.Pipeline) -> None:
         "a star",
         "Negative prompt: a moon",
         "Steps: 3, Sampler: Euler a, Schedule type: Uniform, CFG scale: 7.5, Seed: 7, Size: 64x64, Model: shapes-64, "
-        f"Clip skip: 2, Version: fastsd-{fastsd.__version__}",
+        f"Clip skip: 2, RNG: CPU, Version: fastsd-{fastsd.__version__}",
     ]
 
 

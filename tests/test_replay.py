@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import fastsd
 from fastsd import cli
+from fastsd.convert import convert
 from fastsd.errors import ImageError
-from fastsd.metadata import save_image
+from fastsd.metadata import parse_parameters, save_image
 from fastsd.prompt_tags import LoraTag
 from fastsd.replay import find_adapters, find_hashed, read_parameters, read_replay
 from tests.adapter_builders import kohya_lora, save
@@ -210,6 +212,26 @@ def test_a_picture_with_adapters_is_drawn_again(adapters: Path, tmp_path: Path, 
     missing = command("replay", str(out), "-o", str(again))
     assert len(re.findall(r"(lora:ink|embed:thing) \([0-9a-f]{12}\) was not found", missing.stderr)) == 2
     assert not np.array_equal(np.asarray(Image.open(again)), np.asarray(Image.open(out))), "they make no difference"
+
+
+def test_a_picture_with_another_vae_is_drawn_again(bundled: Path, tmp_path: Path) -> None:
+    out, again, other = tmp_path / "out.png", tmp_path / "again.png", tmp_path / "other.safetensors"
+    convert(bundled, other)
+    with safe_open(other, "pt") as file:
+        tensors, stored = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    tensors["first_stage_model.decoder.conv_out.weight"] *= 0.5
+    save_file(tensors, other, metadata=stored)
+    command("generate", "-p", "a red circle", "--steps", "2", "-s", "9", "-o", str(out), "--vae", str(other))
+    fields = parse_parameters(read_parameters(out))
+    assert (fields["vae"], fields["vae_hash"]) == (other.name, hashlib.sha256(other.read_bytes()).hexdigest()[:10])
+    for option in ("--look-in", str(tmp_path)), ("--vae", str(other)):
+        done = command("replay", str(out), "-o", str(again), *option)
+        assert again.read_bytes() == out.read_bytes(), f"not the same file by {option[0]}"
+        assert ("vae" in done.stderr) == (option[0] == "--vae"), "a hash that was not looked for is not found"
+    missing = command("replay", str(out), "-o", str(again))
+    assert f"vae ({fields['vae_hash']}) was not found" in missing.stderr
+    command("generate", "-p", "a red circle", "--steps", "2", "-o", str(out), "--vae", str(bundled / "vae"))
+    assert "made with vae" in command("replay", str(out), "-o", str(again)).stderr, "a folder has no hash to look for"
 
 
 def test_adapters_by_name_alone(adapters: Path, tmp_path: Path) -> None:

@@ -28,11 +28,11 @@ from fastsd.jobs import check_job, check_requests
 from fastsd.kernels import onednn
 from fastsd.metadata import parse_parameters
 from fastsd.models.unet import UNet
-from fastsd.models.vae_tiles import tiled
 from fastsd.ops import REFERENCE, Ops, Wrap, upsample
 from fastsd.replay import read_replay
 from fastsd.result import Result
 from fastsd.seamless import WRAPS, seamless
+from fastsd.vae_tiles import tiled
 from tests import oracle
 from tests.oracle import assert_same_picture, psnr
 from tests.test_graph import StandIn

@@ -8,8 +8,8 @@ import torch
 
 from fastsd.config import VAEConfig
 from fastsd.models.vae import VAE
-from fastsd.models.vae_tiles import tiled
 from fastsd.ops import REFERENCE
+from fastsd.vae_tiles import tiled
 from tests import oracle
 from tests.tolerances import NET
 
