@@ -104,7 +104,7 @@ def generate(
         "hires_upscaler": hires_upscaler,
         "variation_seed": variation_seed,
         "variation_strength": variation_strength,
-        "tiling": True if tiling == "both" else tiling,
+        "tiling": options.TILINGS[tiling] or None,
         "vae_tiling": vae_tiling,
         "rng": rng,
         "step_noise": step_noise,

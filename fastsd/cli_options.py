@@ -89,6 +89,8 @@ Rng = Annotated[str, typer.Option(help="Whose noise a seed stands for: cpu; gpu 
 StepNoise = Annotated[
     str, typer.Option(help="Noise of the SDE samplers' steps: independent, or brownian as in web UIs.")
 ]
+TILINGS: dict[str | None, bool | str] = {None: False, "x": "x", "y": "y", "both": True}
+"""The command line's words for the library's."""
 Tiling = Annotated[
     Literal["x", "y", "both"] | None,
     typer.Option(help="Opposite edges that shall meet, left and right (x) or top and bottom: the picture tiles."),

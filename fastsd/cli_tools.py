@@ -27,6 +27,7 @@ def compile_kernels(
     size: Annotated[int | None, typer.Option(help="Pixels of a square picture.", show_default="the model's")] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float16",
     batch: Annotated[int, typer.Option("--batch", "-b", help="Images of one prompt, drawn together.")] = 1,
+    tiling: options.Tiling = None,
     jobs: Annotated[
         int | None, typer.Option("--jobs", "-j", min=1, help="Processes that compile.", show_default="one a core")
     ] = None,
@@ -39,7 +40,8 @@ def compile_kernels(
     """Compile the Triton kernels of a model for a GPU that need not be here, as when a container is built."""
     from fastsd import compiling
 
-    target = compiling.check_target(arch, model, preset, size, dtype, batch, revision)
+    edges = options.TILINGS[tiling]
+    target = compiling.check_target(arch, model, preset, size, dtype, batch, revision, edges)
     done = compiling.compile_kernels(target, jobs or os.cpu_count() or 1, cache_dir)
     typer.echo(
         f"{done.kernels} kernels for {arch}, {done.new} of them new, in {done.seconds:.0f} s; cache: {done.cache}"

@@ -33,8 +33,9 @@ from fastsd.config import SD15, SD21, ModelConfig
 from fastsd.device import DTYPES
 from fastsd.errors import FastSDError, ParameterError
 from fastsd.images import MAX_PIXELS
-from fastsd.ops import Ops
+from fastsd.ops import Ops, Wrap
 from fastsd.request import MAX_IMAGES
+from fastsd.seamless import WRAPS, check_tiling
 from fastsd.wording import quoted
 
 # Triton may be missing, and must not be imported before the environment says where its cache lies.
@@ -71,6 +72,8 @@ class Target:
     height: int  # pixels
     width: int
     images: int
+    wrap: Wrap = (False, False)
+    """Edges that meet."""
 
 
 class Done(NamedTuple):
@@ -124,6 +127,7 @@ def planned(target: Target) -> "tuple[Launch, ...]":
             guided=guided,
             prompts=2 if guided else 1,  # with the negative one; where both are the same text, it is encoded alone
             steps=STEPS,
+            wrap=target.wrap,
         )
     return tuple(found.values())
 
@@ -183,16 +187,16 @@ def stamp(target: Target) -> Path:
     """The file in Triton's cache that says that the target is compiled, by these sources."""
     import triton
 
-    hashed = _hash(target.nets, target.arch, target.dtype, PACKAGE)
+    hashed = _hash(target.nets, target.arch, target.dtype, target.wrap, PACKAGE)
     return Path(triton.knobs.cache.dir, "fastsd", hashed, f"{target.height}x{target.width}x{target.images}")
 
 
 @cache
-def _hash(nets: ModelConfig, arch: int, dtype: torch.dtype, package: Path) -> str:
+def _hash(nets: ModelConfig, arch: int, dtype: torch.dtype, wrap: Wrap, package: Path) -> str:
     """Of all that decides a model's kernels but the pictures' size: 16 hex digits."""
     import triton
 
-    digest = hashlib.sha256(repr((nets, arch, dtype, triton.__version__)).encode())
+    digest = hashlib.sha256(repr((nets, arch, dtype, wrap, triton.__version__)).encode())
     for path in sorted(path for pattern in SOURCES for path in package.glob(pattern)):
         content = path.read_bytes()
         digest.update(f"\n{path.relative_to(package).as_posix()} {len(content)}\n".encode() + content)
@@ -200,7 +204,7 @@ def _hash(nets: ModelConfig, arch: int, dtype: torch.dtype, package: Path) -> st
 
 
 def compiled_before(target: Target) -> bool:
-    """Whether any size of this model is compiled for this GPU and dtype."""
+    """Whether any size of this model is compiled for this GPU and dtype, and with edges that meet as here."""
     return next(stamp(target).parent.glob("*"), None) is not None
 
 
@@ -240,6 +244,7 @@ def prepare(
     height: int,
     width: int,
     images: int,
+    wrap: Wrap = (False, False),
     always: bool = False,
 ) -> None:
     """Before a Pipeline launches what such pictures need: `compile_ahead`, always or only if no size of its model ever was.
@@ -256,7 +261,7 @@ def prepare(
     arch = arch_of(device)
     if triton.knobs.runtime.interpret or arch not in SHARED_MEMORY or not _possible(nets, height, width, images):
         return
-    target, model = Target(nets, arch, dtype, height, width, images), (nets, arch, dtype)
+    target, model = Target(nets, arch, dtype, height, width, images, wrap), (nets, arch, dtype, wrap)
     key = target if always else model
     if key in _settled:
         return
@@ -282,8 +287,10 @@ def check_target(
     dtype: str = "float16",
     batch: int = 1,
     revision: str | None = None,
+    tiling: bool | str = False,
 ) -> Target:
-    """What the arguments ask for: a diffusers folder or a Hub id, or a preset; size in pixels, by default the model's.
+    """What the arguments ask for: a diffusers folder or a Hub id, or a preset; size in pixels, by default the model's; tiling as
+    `Pipeline.generate` takes it.
 
     A model's configs are read, its weights are not. ParameterError for the arguments, without Triton, and in its interpreter;
     CheckpointError if the model cannot be had.
@@ -304,7 +311,7 @@ def check_target(
     side, images = tracing.side(nets, size), integer("batch", batch, 1, MAX_IMAGES)
     if triton.knobs.runtime.interpret:
         raise ParameterError("compile: TRITON_INTERPRET is set, and the interpreter compiles nothing; unset it")
-    return Target(nets, number, DTYPES[dtype], side, side, images)
+    return Target(nets, number, DTYPES[dtype], side, side, images, WRAPS[check_tiling(tiling)])
 
 
 def _configs(model: str, revision: str | None) -> ModelConfig:

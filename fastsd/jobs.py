@@ -14,6 +14,7 @@ from fastsd.config import ModelConfig
 from fastsd.errors import FastSDError, ParameterError
 from fastsd.hires import Hires, check_hires, walks
 from fastsd.image_source import Source, check_count, check_source
+from fastsd.ops import Wrap
 from fastsd.philox import FEWEST_THREADS
 from fastsd.request import Request, StepCallback, check_request
 from fastsd.sampling import SAMPLERS, NoiseSchedule, Table, make_table
@@ -108,12 +109,13 @@ def each(jobs: Iterable[Job], do: Callable[[Job], None]) -> None:
                 job.error = error
 
 
-def images_by_size(jobs: Iterable[Job]) -> dict[tuple[int, int], int]:
-    """How many images are drawn of each height and width."""
-    counts: dict[tuple[int, int], int] = {}
+def images_by_shape(jobs: Iterable[Job]) -> dict[tuple[int, int, Wrap], int]:
+    """How many images are drawn of each height and width, and with which edges that meet."""
+    counts: dict[tuple[int, int, Wrap], int] = {}
     for job in jobs:
         for size in job.sizes:
-            counts[size] = counts.get(size, 0) + job.request.batch
+            shape = (*size, job.request.wrap)
+            counts[shape] = counts.get(shape, 0) + job.request.batch
     return counts
 
 

@@ -28,7 +28,7 @@ from fastsd.errors import CheckpointError, FastSDError, ParameterError
 from fastsd.first_stage import nchw, tell
 from fastsd.hires import enlarge
 from fastsd.image_source import put_back
-from fastsd.jobs import Job, check_job, check_requests, each, images_by_size
+from fastsd.jobs import Job, check_job, check_requests, each, images_by_shape
 from fastsd.model_hash import ModelFile
 from fastsd.ops import Ops
 from fastsd.previews import Previews
@@ -37,6 +37,7 @@ from fastsd.prompt_cache import ContextCache
 from fastsd.request import StepCallback, check_texts
 from fastsd.result import MadeWith, Result, describe
 from fastsd.sampling import NoiseSchedule
+from fastsd.seamless import WRAPS, check_tiling
 from fastsd.stages import check_vocabulary
 from fastsd.start import Beginner
 from fastsd.tokenizer import Tokenizer
@@ -239,11 +240,11 @@ class Pipeline(Previews):
 
     def _run(self, jobs: list[Job]) -> list[Result | FastSDError]:
         """The way of the data, from top to bottom."""
-        sizes = images_by_size(jobs)
-        for (height, width), count in sizes.items():
-            self._compile(height, width, count)
+        shapes = images_by_shape(jobs)
+        for (height, width, wrap), count in shapes.items():
+            self._compile(height, width, count, wrap)
         clock = Stopwatch(self.device)
-        asked = " and ".join(f"{count} images of {width}x{height}" for (height, width), count in sizes.items())
+        asked = " and ".join(f"{count} images of {width}x{height}" for (height, width, _), count in shapes.items())
         with self._swaps.using(), computing(self.device, f"{asked} in {self.dtype}"):
             self._refresh()
             with clock.stage("text"):
@@ -340,16 +341,20 @@ class Pipeline(Previews):
         return Result(job.drawn, job.request.seeds, dict(timings), texts, job.notes + job.degraded, job.degraded)
 
     def warmup(
-        self, sizes: Sequence[tuple[int, int]] = (), num_images_per_prompt: int = 1, guidance: bool | None = None
+        self,
+        sizes: Sequence[tuple[int, int]] = (),
+        num_images_per_prompt: int = 1,
+        guidance: bool | None = None,
+        tiling: bool | str = False,
     ) -> None:
         """Have everything compiled, in parallel, and captured for sizes (height, width): the next image of each is a fast one.
 
-        No sizes: the model's own. guidance: with, without, or None for both. Prompts, seeds, samplers, steps and guidance
-        scales then change nothing. On a CPU it packs the weights.
+        No sizes: the model's own. guidance: with, without, or None for both. tiling: as `generate` takes it. Prompts, seeds,
+        samplers, steps and guidance scales then change nothing. On a CPU it packs the weights.
         """
         own = self.config.unet.sample_size * self.config.vae.downscale
         for height, width in sizes or [(own, own)]:
-            self._compile(height, width, num_images_per_prompt, always=True)
+            self._compile(height, width, num_images_per_prompt, WRAPS[check_tiling(tiling)], always=True)
             for scale in {None: (7.5, 1.0), True: (7.5,), False: (1.0,)}[guidance]:
                 for turn in range(2):  # eagerly, then captured
                     self.generate(
@@ -360,6 +365,7 @@ class Pipeline(Previews):
                         guidance_scale=scale,
                         num_images_per_prompt=num_images_per_prompt,
                         seed=0,
+                        tiling=tiling,
                         output_type="np",
                     )
 

@@ -22,8 +22,9 @@ from fastsd.models.clip import CLIPText
 from fastsd.models.unet import UNet
 from fastsd.models.vq import autoencoder
 from fastsd.noise import NoiseSource
-from fastsd.ops import REFERENCE, Ops
+from fastsd.ops import REFERENCE, Ops, Wrap
 from fastsd.sampling import NoiseSchedule, make_table
+from fastsd.seamless import wrapped
 from fastsd.walks import Buffers, Span, Walk
 
 STAGES = ("text", "prompt", "schedule", "step", "decode", "encode")
@@ -88,9 +89,14 @@ def run_stages(
     prompts: int,
     steps: Sequence[int],
     stages: Sequence[str] = STAGES,
+    wrap: Wrap = (False, False),
 ) -> None:
     """Every stage once, each with its own ops: pictures of height × width pixels (multiples of the VAE's factor), so many
-    different prompts, a schedule of each of `steps` lengths, and the UNet on `images` rows, or guided on twice as many."""
+    different prompts, a schedule of each of `steps` lengths, and the UNet on `images` rows, or guided on twice as many.
+
+    wrap: edges that meet, see `fastsd.seamless`.
+    """
+    plain, ops = ops, lambda stage: wrapped(plain(stage), wrap) if any(wrap) else plain(stage)
     rows, unit = (2 if guided else 1) * images, nets.vae.downscale
     latents = (images, height // unit, width // unit, nets.vae.latent_channels)
 

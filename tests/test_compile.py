@@ -145,10 +145,21 @@ for sampler, steps, guidance in (('euler', 20, 7.5), ('dpmpp_2m', 3, 1.0), ('ddi
     pipe.generate('a star', num_inference_steps=steps, guidance_scale=guidance, sampler=sampler, eta=1.0, seed=0)
 pipe.encode_image(torch.zeros(64, 64, 3).numpy())
 print(len(planned), len(asked), *sorted(name for name, _ in asked - planned))
+asked.clear()
+pipe.generate('a star', num_inference_steps=2, tiling='x')
+wrapping = frozenset(asked)
+asked.clear()
+for kernel in compiling.planned(compiling.check_target('sm_90', model=str(fastsd.pipeline.BUNDLED), tiling='x')):
+    kernel.warm()
+print(len(wrapping - planned), *sorted(name for name, _ in wrapping - asked))
 """
-    planned, asked, *others = process(code, tmp_path).split()
+    plain, seamless = (line.split() for line in process(code, tmp_path).splitlines())
+    planned, asked, *others = plain
     assert others == []
     assert int(planned) >= int(asked) > 90
+    new, *others = seamless
+    assert others == []
+    assert int(new) > 20, "convolutions whose edges meet are kernels of their own"
 
 
 def test_tuned_configs_are_planned(monkeypatch: pytest.MonkeyPatch) -> None:
