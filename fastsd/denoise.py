@@ -7,6 +7,7 @@ kind go side by side: the shorter ones leave when they are done.
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from fastsd.checks import present
 from fastsd.device import is_out_of_memory
 from fastsd.graph import Graphs
-from fastsd.models.unet import UNet
+from fastsd.models.unet import KeyValue, UNet
 from fastsd.ops import Ops, StepRow
 from fastsd.seamless import seamless
 from fastsd.walks import Buffers, Kept, Span, Walk
@@ -23,25 +24,20 @@ ROWS = 1024
 """Rows of a captured step's tables: more than a schedule of 1000 timesteps has. Where walks of different schedules have more
 together, they run eagerly."""
 
+Predict = Callable[[Tensor, Tensor, Sequence[KeyValue]], Tensor]
+"""A UNet: x [U, H, W, C], time projections [U, T] and each cross-attention's (k, v) → its output [U, H, W, C]."""
+
 AfterStep = Callable[[int, Tensor, Tensor], None]
 """Called with a step's index, the state [SLOTS, B, H, W, C] after it, a view whose latents, slot 0, it may write to, and the
 unit noise that the step added, if it added some."""
 
 
-def advance(unet: UNet, ops: Ops, buffers: Buffers, copies: int, pieces: int = 1) -> None:
-    """One step, in place: the UNet on what the tables show it of the state, guidance, the tables' row, what is kept.
-
-    pieces: how many the UNet's batch is cut into, for less memory.
-    """
+def advance(unet: Predict, ops: Ops, buffers: Buffers, copies: int) -> None:
+    """One step, in place: the UNet on what the tables show it of the state, guidance, the tables' row, what is kept."""
     b = buffers
     x, time_bias = ops.step_input(b.state, b.model_input, b.time_bias, b.time_rows, b.counter, copies)
     x = x if b.condition is None else torch.cat([x, b.condition], dim=-1)
-    if pieces == 1:
-        out = unet(x, time_bias, b.keys)
-    else:
-        size = -(-len(x) // pieces)
-        parts = [slice(start, start + size) for start in range(0, len(x), size)]
-        out = torch.cat([unet(x[part], time_bias[part], [(k[part], v[part]) for k, v in b.keys]) for part in parts])
+    out = unet(x, time_bias, b.keys)
     ops.sampler_step(b.state, out, b.noise, StepRow(b.update, b.guidance, b.rescale, b.counter), new=b.state)
     if b.kept is not None:
         restore(b.state[0], b.kept, b.counter)
@@ -55,28 +51,39 @@ def restore(latents: Tensor, kept: Kept, counter: Tensor) -> None:
 
 
 @dataclass
-class Eager:
-    """A step that is not captured. Where memory ends, the UNet's batch is cut in half, and stays so."""
+class InPieces:
+    """A UNet that has its batch cut in half where memory runs out, and again, from then on."""
 
     unet: UNet
-    ops: Ops
-    buffers: Buffers
-    copies: int
-    degraded: list[str] | None
+    degraded: list[str]
+    """Is told."""
     pieces: int = 1
 
-    def __call__(self) -> None:
-        rows = self.copies * self.buffers.state.shape[1]
+    def __call__(self, x: Tensor, time_bias: Tensor, keys: Sequence[KeyValue]) -> Tensor:
         while True:
             try:
-                return advance(self.unet, self.ops, self.buffers, self.copies, self.pieces)
+                if self.pieces == 1:
+                    return self.unet(x, time_bias, keys)
+                size = -(-len(x) // self.pieces)
+                parts = [slice(start, start + size) for start in range(0, len(x), size)]
+                return torch.cat([self.unet(x[p], time_bias[p], [(k[p], v[p]) for k, v in keys]) for p in parts])
             except RuntimeError as error:
-                if not is_out_of_memory(error) or self.pieces >= rows:
+                if not is_out_of_memory(error) or self.pieces >= len(x):
                     raise
-            # Out here the failed step's tensors are free. The state is as before it: it is written to last.
-            self.pieces = min(2 * self.pieces, rows)
-            if self.degraded is not None:
-                self.degraded.append(f"unet: {rows} rows in {self.pieces} pieces, after running out of memory")
+            # Out here the exception is gone, and with it the failed attempt's tensors.
+            self.pieces = min(2 * self.pieces, len(x))
+            self.degraded.append(f"unet: {len(x)} rows in {self.pieces} pieces, after running out of memory")
+
+
+class Walked(NamedTuple):
+    """What has become of a walk."""
+
+    latents: Tensor
+    """[B, H, W, C] fp32"""
+    survived: int
+    """After how many of its steps all was still finite."""
+    degraded: list[str]
+    """How the UNet's batch was cut, where memory ran out."""
 
 
 class Denoiser:
@@ -91,29 +98,26 @@ class Denoiser:
         self,
         walks: Sequence[Walk],
         after_step: Sequence[AfterStep | None] | None = None,
-        degraded: list[str] | None = None,
-    ) -> list[tuple[Tensor, int]]:
-        """For each walk latents [B, H, W, C] fp32, and after how many of its steps all was still finite.
+    ) -> list[Walked]:
+        """Walks that can share the UNet's calls do; one whose latents are no longer finite is not gone on with.
 
-        Walks that can share the UNet's calls do; one whose latents are no longer finite is not gone on with.
-        after_step: one a walk. degraded: where a line goes if memory ran out, and the UNet's batch was cut.
+        after_step: one a walk.
         """
         hooks = after_step or [None] * len(walks)
         groups: dict[Hashable, list[int]] = {}
         for index, walk in enumerate(walks):
             groups.setdefault(_alike(walk), []).append(index)
-        results: dict[int, tuple[Tensor, int]] = {}
+        results: dict[int, Walked] = {}
         for members in groups.values():
-            found = self._together([walks[i] for i in members], [hooks[i] for i in members], degraded)
+            found = self._together([walks[i] for i in members], [hooks[i] for i in members])
             results |= zip(members, found, strict=True)
         return [results[index] for index in range(len(walks))]
 
-    def _together(
-        self, walks: Sequence[Walk], hooks: Sequence[AfterStep | None], degraded: list[str] | None
-    ) -> list[tuple[Tensor, int]]:
+    def _together(self, walks: Sequence[Walk], hooks: Sequence[AfterStep | None]) -> list[Walked]:
         """Walks of one shape: all of them up to the end of the shortest, then the others up to the next one's, …."""
         states: list[Tensor | None] = [None] * len(walks)
         survived = [len(walk.table) for walk in walks]
+        degraded: list[str] = []
         begin = 0
         while going := [i for i, walk in enumerate(walks) if begin < len(walk.table) == survived[i]]:
             end = min(len(walks[i].table) for i in going)
@@ -124,11 +128,9 @@ class Denoiser:
                 first = min(bad[images])
                 survived[i] = begin + first if first < end - begin else survived[i]
             begin = end
-        return [(present(state)[0], count) for state, count in zip(states, survived, strict=True)]
+        return [Walked(present(state)[0], count, degraded) for state, count in zip(states, survived, strict=True)]
 
-    def _run(
-        self, span: Span, hooks: Sequence[AfterStep | None], degraded: list[str] | None
-    ) -> tuple[Tensor, list[int]]:
+    def _run(self, span: Span, hooks: Sequence[AfterStep | None], degraded: list[str]) -> tuple[Tensor, list[int]]:
         """The state [SLOTS, B, H, W, C] after a span, and for each image how many of its steps were finite."""
         with self._step(span, degraded) as (buffers, step):
             buffers.load(span)
@@ -144,7 +146,7 @@ class Denoiser:
             return buffers.state.clone(), buffers.counter[2:].tolist()
 
     @contextmanager
-    def _step(self, span: Span, degraded: list[str] | None) -> Iterator[tuple[Buffers, Callable[[], None]]]:
+    def _step(self, span: Span, degraded: list[str]) -> Iterator[tuple[Buffers, Callable[[], None]]]:
         """Buffers for this span, and what advances them."""
         graphs = self.graphs if span.rows <= ROWS else None
         with nullcontext() if graphs is None else graphs.lease(_key(span), lambda: self._make(span)) as captured:
@@ -152,7 +154,8 @@ class Denoiser:
                 yield captured.buffers, captured.replay
             else:
                 buffers = Buffers.allocate(span, span.rows)
-                yield buffers, Eager(self._net(span), self.ops, buffers, span.copies, degraded)
+                unet = InPieces(self._net(span), degraded)
+                yield buffers, lambda: advance(unet, self.ops, buffers, span.copies)
 
     def _make(self, span: Span) -> tuple[Buffers, Callable[[], None]]:
         buffers = Buffers.allocate(span, ROWS)

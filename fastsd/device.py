@@ -53,14 +53,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def computing(device: torch.device, what: str) -> Iterator[None]:
-    """For the body of every public method: no gradients, no autocast of the caller's, kernels launched on this GPU and no other,
-    typed errors where memory ends.
+    """For the body of every public method: no gradients, no autocast and no inference mode of the caller's (what is kept from one
+    call to the next, such as buffers, shall be writable in either), kernels launched on this GPU and no other, typed errors
+    where memory ends.
 
     what: what was being made, for the message: "4 images of 512x512 in torch.float16".
     """
     try:
         current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-        with torch.no_grad(), torch.autocast(device.type, enabled=False), current:
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False), current:
             yield
     except RuntimeError as error:
         if not is_out_of_memory(error):

@@ -6,6 +6,7 @@ from inspect import signature
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -85,7 +86,10 @@ def check_job(config: ModelConfig, schedule: NoiseSchedule, asked: Mapping[str, 
 
 
 def check_requests(requests: Any, generate: Callable[..., Any]) -> list[dict[str, Any]]:
-    """What `Pipeline.generate_batch` was given, each with generate's defaults; ParameterError unless it is a list of mappings."""
+    """What `Pipeline.generate_batch` was given, each with generate's defaults.
+
+    ParameterError unless it is a list of mappings, of which no two have the same generator.
+    """
     if not isinstance(requests, Sequence) or not all(isinstance(request, Mapping) for request in requests):
         raise ParameterError(f"requests: must be a list of dicts of generate's arguments, not {quoted(requests)}")
     if not requests:
@@ -96,6 +100,14 @@ def check_requests(requests: Any, generate: Callable[..., Any]) -> list[dict[str
         if unknown:
             known = listed(defaults)
             raise ParameterError(f"requests[{number}]: {quoted(unknown[0])} is no argument of generate; it has {known}")
+    owner: dict[int, int] = {}
+    for number, request in enumerate(requests):
+        given = request.get("generator")
+        for generator in given if isinstance(given, list | tuple) else [given]:
+            if isinstance(generator, torch.Generator) and owner.setdefault(id(generator), number) != number:
+                raise ParameterError(
+                    f"requests[{number}]: its generator is that of requests[{owner[id(generator)]}] too; give each its own"
+                )
     return [{**defaults, **request} for request in requests]
 
 

@@ -227,7 +227,8 @@ class Pipeline(Previews):
         to image, from images and inpainting, whatever the sampler, schedule and steps; the ones with fewer steps leave the batch
         when they are done. Each gets the images that it gets alone, up to the last bits of the sums. timings are of all together.
 
-        Raises ParameterError if requests is no list of such dicts; OutOfMemoryError; and what a callback raises, which ends all.
+        Raises ParameterError if requests is no list of such dicts, or two of them share a generator, which would draw for both
+        in turn; OutOfMemoryError; and what a callback raises, or ParameterError for its answer, which ends all.
         """
         given: list[Job | FastSDError] = []
         for asked in check_requests(requests, Pipeline.generate):
@@ -288,18 +289,15 @@ class Pipeline(Previews):
     def _denoise(self, jobs: list[Job]) -> None:
         """The loop of every sampler: first latents → latents."""
         times: dict[bytes, Tensor] = {}  # the time's projections: once a schedule
-        degraded: list[str] = []
         going = [job for job in jobs if job.error is None]
         walks = [self._walk_of(job, times) for job in going]
         hooks = [
             after_step(job.callback, self, walk, self.noise_schedule) for job, walk in zip(going, walks, strict=True)
         ]
-        for job, walk, (latents, survived) in zip(
-            going, walks, self._denoiser.run(walks, hooks, degraded), strict=True
-        ):
-            job.latents = latents
-            job.error = self._not_finite(survived, len(walk.table))
-            job.degraded += degraded
+        for job, walk, walked in zip(going, walks, self._denoiser.run(walks, hooks), strict=True):
+            job.latents = walked.latents
+            job.error = self._not_finite(walked.survived, len(walk.table))
+            job.degraded += walked.degraded
 
     def _walk_of(self, job: Job, times: dict[bytes, Tensor]) -> Walk:
         request, start = job.request, present(job.start)

@@ -270,7 +270,7 @@ def _compare(
         latents=noise.draw(rows, rows, vae.latent_channels, device),
         condition=torch.ones(1, rows, rows, vae.latent_channels + 1, device=device) if inpaints(plain.config) else None,
     )
-    [(latents, _)] = Denoiser(unet, comparison.ops, None).run([walk])
+    [(latents, *_)] = Denoiser(unet, comparison.ops, None).run([walk])
     image = decoder.decode(latents.to(comparison.exact))
     comparison.note("VAE decode", relative(fast.vae.decode(latents.to(dtype)), image), "the last latents")
 

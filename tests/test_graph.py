@@ -259,6 +259,17 @@ def test_a_walk_is_replays_and_nothing_between_them(
     assert between == (drawing if noise else set())
 
 
+def test_what_was_captured_in_inference_mode_serves_outside_of_it(
+    pipe: fastsd.Pipeline, replayed: tuple[fastsd.Pipeline, Graphs, StandIn]
+) -> None:
+    ours, _, api = replayed
+    with torch.inference_mode():
+        for _ in range(3):
+            draw(ours)
+    assert api.replays > 0
+    assert_equal(draw(ours, seed=4), draw(pipe, seed=4), "captured inside, replayed outside")
+
+
 def test_the_first_picture_equals_the_tenth(replayed: tuple[fastsd.Pipeline, Graphs, StandIn]) -> None:
     ours, _, _ = replayed
     first = draw(ours, num_inference_steps=2)

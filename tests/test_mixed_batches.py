@@ -79,6 +79,9 @@ def test_a_captured_step_serves_any_mixture(pipe: fastsd.Pipeline, alone: dict[s
     assert len(steps) == 1, f"one shape of batch needs one captured step, not {steps}"
 
 
+GENERATOR = torch.Generator().manual_seed(0)
+
+
 class Counting(torch.nn.Module):
     """A UNet that writes down how many rows each call has."""
 
@@ -87,10 +90,12 @@ class Counting(torch.nn.Module):
         self.unet, self.rows = unet, []
         self.most: int | None = None
         """More rows than this are more than the memory holds."""
+        self.side: int | None = None
+        """As many latents a side are."""
 
     def forward(self, x: Tensor, *rest: Any) -> Tensor:
         self.rows.append(len(x))
-        if self.most is not None and len(x) > self.most:
+        if (self.most is not None and len(x) > self.most) or (x.shape[1] == self.side and len(x) > 1):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return self.unet(x, *rest)
 
@@ -171,11 +176,27 @@ def test_a_callback_sees_and_changes_its_own_images_alone(pipe: fastsd.Pipeline,
         (["a red circle"], "a list of dicts"),
         ([request(), request(promt="x")], r"requests\[1\].*promt"),
         ([request(self=1)], "self"),
+        ([request(seed=None, generator=GENERATOR), request(generator=[GENERATOR])], r"requests\[1\].*requests\[0\]"),
     ],
 )
 def test_what_is_no_list_of_requests_is_refused(pipe: fastsd.Pipeline, requests: Any, says: str) -> None:
     with pytest.raises(ParameterError, match=says):
         pipe.generate_batch(requests)
+
+
+def test_requests_with_generators_of_their_own(pipe: fastsd.Pipeline) -> None:
+    """One for a batch, a list, and one that draws noise at each step."""
+
+    def asked() -> list[dict[str, Any]]:
+        one, two, three = (torch.Generator().manual_seed(number) for number in (1, 2, 3))
+        return [
+            request(seed=None, generator=one, num_images_per_prompt=2, sampler="euler_ancestral"),
+            request(seed=None, generator=[two], sampler="ddpm", num_inference_steps=7),
+            request(seed=None, generator=three, image=picture(), strength=0.7),
+        ]
+
+    for alone, together in zip(asked(), results(pipe.generate_batch(asked())), strict=True):
+        assert np.abs(pipe.generate(**alone).images - together.images).max() <= MIXED_BATCH
 
 
 # Memory that ends within the UNet.
@@ -196,6 +217,34 @@ def test_where_memory_ends_the_unets_batch_is_cut(
         assert set(result.degraded) <= set(result.warnings)
     unet.most = None
     assert results([pipe.generate(**REQUESTS["ancestral"])])[0].degraded == [], "the next call is whole again"
+
+
+def test_only_those_whose_batch_was_cut_are_told(counted: tuple[fastsd.Pipeline, Counting]) -> None:
+    pipe, unet = counted
+    unet.side = 20
+    small, large = results(pipe.generate_batch([request(), request(height=80, width=80)]))
+    assert small.degraded == []
+    assert large.degraded == ["unet: 2 rows in 2 pieces, after running out of memory"]
+
+
+def test_where_memory_ends_outside_the_unet_no_step_is_taken_twice(
+    pipe: fastsd.Pipeline, alone: dict[str, Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once the state is written, a step cannot be repeated."""
+    calls = 0
+
+    def restore(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        denoise_restore(*arguments)
+
+    denoise_restore = fastsd.denoise.restore
+    monkeypatch.setattr(fastsd.denoise, "restore", restore)
+    with pytest.raises(OutOfMemoryError):
+        pipe.generate(**REQUESTS["inpainting"])
+    assert np.array_equal(pipe.generate(**REQUESTS["inpainting"]).images, alone["inpainting"].images)
 
 
 def test_where_one_row_is_too_much_it_is_said(counted: tuple[fastsd.Pipeline, Counting]) -> None:

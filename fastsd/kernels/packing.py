@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 from weakref import WeakSet
 
+import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
@@ -46,7 +47,8 @@ class PackedWeights:
         versions = tuple((0 if w.device.type == "meta" else w.data_ptr(), w._version) for w in weights)
         packed: _Packed | None = self._packed.get(weights[0])
         if packed is None or packed.versions != versions:
-            buffer = self.pack(*(weight.detach() for weight in weights))
+            with torch.inference_mode(False):  # a buffer that can be refilled outside of one, too
+                buffer = self.pack(*(weight.detach() for weight in weights))
             if packed is not None and packed.buffer.shape == buffer.shape:
                 if (
                     packed.buffer.data_ptr() != buffer.data_ptr()

@@ -84,3 +84,12 @@ def test_refresh_refills_what_nobody_asks_for() -> None:
     del b
     gc.collect()
     refresh_all()  # half a group is left alone
+
+
+def test_what_was_packed_in_inference_mode_is_refilled_outside_of_it() -> None:
+    weights, w = PackedWeights(lambda w: w * 2), torch.ones(3)
+    with torch.inference_mode():
+        buffer = weights.get(w)
+    w.add_(1)
+    assert weights.get(w) is buffer
+    assert buffer.tolist() == [4, 4, 4]
