@@ -21,9 +21,10 @@ STEP_NOISES = ("independent", "brownian")
 Draw = Callable[[int], Tensor]  # a seed → unit Gaussian noise, fp32, always of one shape
 
 DIGITS = 6
-"""Levels are rounded to so many decimals: the halving ends after log₂(14.6 · 10⁶) = 24 times."""
+"""Levels are rounded to so many decimals: the halving ends after log₂(σ · 10⁶) times. Of σ = 14.6 that is 24, of zero terminal
+SNR's 4096 it is 32, of 10⁴, the highest that a caller may choose, 34."""
 POOL = 24  # words of entropy that the seeds of a tree are mixed of
-KEPT = 64  # noises that are not drawn again: the way to both ends of a step
+KEPT = 3 * 34  # noises that are not drawn again: the ways to both ends of a step, and to the end of the next
 
 
 class BrownianNoise(NoiseSource):
@@ -75,7 +76,8 @@ class BrownianPath:
     def unit_noise(self, sigma: float, sigma_next: float) -> Tensor:
         """What the path adds from one level down to the next, by its standard deviation: unit Gaussian noise."""
         start, end = _single(sigma_next), _single(sigma)
-        scale = torch.tensor(end - start).sqrt()
+        # torch's root, as k-diffusion takes it: math.sqrt's has other bits
+        scale = torch.tensor(end - start, dtype=torch.float32, device="cpu").sqrt()
         low, high = (min(max(round(level, DIGITS), self.low), self.high) for level in (start, end))
         increment, *others = self._increments(low, high, self.low, self.high, 0, 0, self.whole)
         for other in others:

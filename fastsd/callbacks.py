@@ -37,7 +37,12 @@ def after_step(callback: StepCallback | None, pipe: Any, walk: Walk, schedule: N
                 raise ParameterError(
                     f"callback_on_step_end: the latents it returns must be {wanted}, not {quoted(replaced)}"
                 )
-            latents.copy_(replaced.to(latents.device, torch.float32).permute(0, 2, 3, 1))
+            replaced = replaced.to(latents.device, torch.float32).permute(0, 2, 3, 1)
+            if latents.isfinite().all() and not replaced.isfinite().all():  # what the UNet spoilt is told as its own
+                raise ParameterError(
+                    f"callback_on_step_end: the latents it returns at step {step + 1} of {len(table)} are not finite"
+                )
+            latents.copy_(replaced)
         denoised.go_on(state)
 
     return call

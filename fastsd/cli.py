@@ -5,6 +5,7 @@ value, 130 interrupted. An error is one line, what is wrong and how to mend it; 
 """
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastsd import cli_options as options
-from fastsd.cli_adapters import by_name, load_adapters, tagged, weighted, weights_of
+from fastsd.cli_adapters import HASHED, by_name, check_folders, files_under, load_adapters, tagged, weighted, weights_of
 from fastsd.cli_preview import check_preview, with_preview
 from fastsd.cli_program import app, one_line
 from fastsd.errors import ImageError, ParameterError, PromptError
-from fastsd.metadata import check_output_path, save_image
+from fastsd.metadata import SUFFIXES, check_output_path, save_image
 from fastsd.progress import progress
 from fastsd.prompt_tags import Tagged, take_tags, with_prompt, without_tags
 
@@ -164,7 +165,7 @@ def replay(
     look_in: Annotated[
         list[Path] | None, typer.Option("--look-in", help="Folders whose files may be those that it was made with.")
     ] = None,
-    output: options.Output = Path("out.png"),
+    output: options.ReplayOutput = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     backend: options.Backend = "auto",
@@ -176,9 +177,12 @@ def replay(
     from fastsd.pipeline import BUNDLED
     from fastsd.replay import find_adapters, find_hashed, read_parameters, read_replay
 
-    paths = _output_paths(output, 1)
+    paths = _output_paths(output or _replayed(image), 1)
+    if os.path.exists(paths[0]) and os.path.exists(image) and os.path.samefile(paths[0], image):
+        raise ParameterError("--output: is the picture that is to be replayed; choose another name")
+    check_folders("--look-in", look_in or [])
     asked = read_replay(read_parameters(image))
-    found = find_hashed(asked.hashes, look_in or [])
+    found, unread = find_hashed(asked.hashes, files_under(look_in or [], HASHED))
     if model is None and asked.model != BUNDLED.name:
         if "model" not in found:
             made_with = f"{asked.model or 'a model that it does not name'} ({asked.hashes.get('model', 'no hash')})"
@@ -192,10 +196,13 @@ def replay(
     elif vae is None and asked.vae and "vae" not in asked.hashes:
         lost.append(f"VAE: the picture was made with {asked.vae}; the model's own is taken, give that one by --vae")
     pipe = load_pipeline(model, vae=vae, device=device, dtype=dtype, backend=backend, allow_pickle=allow_pickle)
-    load_adapters(pipe, [(str(path), weights_of(tag)) for tag, path in loras], words, allow_pickle)
-    with progress(quiet) as on_step:
-        result = pipe.generate(**asked.arguments, callback_on_step_end=on_step)
-    for line in [*lost, *asked.lost, *result.warnings]:
+    try:
+        load_adapters(pipe, [(str(path), weights_of(tag)) for tag, path in loras], words, allow_pickle)
+        with progress(quiet) as on_step:
+            result = pipe.generate(**asked.arguments, callback_on_step_end=on_step)
+    except (ParameterError, PromptError) as error:  # no option's fault
+        raise ImageError(f"{image.name} asks for what cannot be drawn: {error}") from error
+    for line in [*lost, *unread, *asked.lost, *result.warnings]:
         typer.echo(f"fastsd: warning: {one_line(line)}", err=True)
     _save(result, paths, asked.arguments["prompt"], asked.prompt)
 
@@ -207,6 +214,11 @@ def _save(result: "Result", paths: list[Path], text: str, prompt: str) -> None:
     ):
         save_image(image, path, with_prompt(parameters, text, prompt))
         typer.echo(f"{one_line(str(path))}\tseed {image_seed}")
+
+
+def _replayed(image: Path) -> Path:
+    """photo.png → photo-replay.png, in the current folder."""
+    return Path(f"{image.stem}-replay{image.suffix if image.suffix.lower() in SUFFIXES else '.png'}")
 
 
 def _output_paths(output: Path, batch: int) -> list[Path]:

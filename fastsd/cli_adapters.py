@@ -1,17 +1,20 @@
 """LoRAs and embeddings as the command line names them: by a path, or by a tag in the prompt."""
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastsd.errors import ParameterError, PromptError
-from fastsd.prompt_tags import LoraTag
+from fastsd.prompt_tags import LoraTag, tag_name
 from fastsd.wording import listed, quoted
 
 if TYPE_CHECKING:
     from fastsd import Pipeline
 
 SUFFIXES = (".safetensors", ".pt", ".ckpt", ".bin")
+HASHED = (*SUFFIXES, ".png")
+"""An embedding may be within a picture."""
 
 Weights = dict[str, float]
 """A LoRA's in each component."""
@@ -32,9 +35,7 @@ def tagged(tags: Sequence[LoraTag], folders: Sequence[Path]) -> list[tuple[str, 
 
     PromptError for a name that none has; ParameterError for a folder that is not there.
     """
-    for folder in folders:
-        if not folder.is_dir():
-            raise ParameterError(f"--lora-dir: {quoted(str(folder))} is no folder")
+    check_folders("--lora-dir", folders)
     if not tags:
         return []
     known = by_name(folders)
@@ -49,13 +50,28 @@ def weights_of(tag: LoraTag) -> Weights:
     return {"text_encoder": tag.text_encoder, "unet": tag.unet}
 
 
-def by_name(folders: Iterable[Path]) -> dict[str, Path]:
-    """The weight files under the folders by their names without suffix; of several alike the first."""
-    found: dict[str, Path] = {}
+def check_folders(option: str, folders: Iterable[Path]) -> None:
+    """ParameterError for one that is not there."""
     for folder in folders:
-        for path in sorted(folder.rglob("*")):
-            if path.suffix in SUFFIXES:
-                found.setdefault(path.stem, path)
+        if not os.path.isdir(folder):
+            raise ParameterError(f"{option}: {quoted(str(folder))} is no folder")
+
+
+def files_under(folders: Iterable[Path], suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
+    """The files with such suffixes, of either case, folder by folder; no links that lead nowhere, no pipes."""
+    return [
+        path
+        for folder in folders
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in suffixes and os.path.isfile(path)
+    ]
+
+
+def by_name(folders: Iterable[Path]) -> dict[str, Path]:
+    """The weight files under the folders by what tags call them; of several alike the first."""
+    found: dict[str, Path] = {}
+    for path in files_under(folders):
+        found.setdefault(tag_name(path.stem, path.absolute().parent.name), path)
     return found
 
 

@@ -112,6 +112,12 @@ Taesd = Annotated[
     ),
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="A .png, .jpg or .webp file.")]
+ReplayOutput = Annotated[
+    Path | None,
+    typer.Option(
+        "--output", "-o", help="A .png, .jpg or .webp file.", show_default="the picture's name with -replay behind it"
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 Backend = Annotated[str, typer.Option(help="auto, reference (plain PyTorch), or one that `fastsd info` lists.")]
@@ -126,6 +132,6 @@ PredictionType = Annotated[
     str | None,
     typer.Option(help="epsilon or v_prediction.", show_default="what the checkpoint says, or is taken for"),
 ]
-AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Also read .bin weights (never code).")]
+AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Also read pickles: .bin, .ckpt, .pt (never code).")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no timings.")]

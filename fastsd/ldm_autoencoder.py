@@ -61,7 +61,8 @@ def _read_yaml(path: Path) -> Any:
                 # an alias repeats what an anchor named: a few of them stand for gigabytes
                 raise CheckpointError(f"{shown(path.name)}: YAML with aliases, or nested deeply, is refused")
         return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    # besides its own errors PyYAML lets through those that reading a tagged value raises, e.g. KeyError for "!!bool maybe"
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         raise CheckpointError(f"{shown(path.name)}: not valid YAML: {shown(' '.join(str(error).split()))}") from error
 
 

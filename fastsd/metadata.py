@@ -70,6 +70,12 @@ def _tiling(value: Any) -> bool | str:
     return known[str(value)]
 
 
+def _flag(value: Any) -> bool:
+    if str(value) not in ("True", "False"):
+        raise ValueError("True or False")
+    return str(value) == "True"
+
+
 def _string(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError("a string")
@@ -88,6 +94,7 @@ _SETTINGS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
     ("model", "Model", _string),
     ("vae_hash", "VAE hash", _string),
     ("vae", "VAE", _string),
+    ("vae_tiling", "VAE tiling", _flag),
     ("clip_skip", "Clip skip", _whole),
     ("variation_seed", "Variation seed", _whole),
     ("variation_strength", "Variation seed strength", _number),
@@ -105,6 +112,7 @@ _SETTINGS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
     ("step_noise", "Step noise", _string),
     ("lora_hashes", "Lora hashes", _string),
     ("ti_hashes", "TI hashes", _string),
+    ("made_with", "Made with", _string),
     ("version", "Version", _string),
 )
 _BY_LABEL = {label: (field, check) for field, label, check in _SETTINGS}
@@ -116,10 +124,11 @@ def format_parameters(fields: Mapping[str, Any]) -> str:
     """The web UI's text for one image.
 
     fields: prompt, steps, sampler (the web UI's label), cfg_scale, width and height (pixels); optional, left out when None
-    or "": negative_prompt, schedule_type, seed, model_hash, model, vae_hash, vae, clip_skip (the web UI's count, also left out
-    at 1), variation_seed, variation_strength, denoising_strength, mask_blur (pixels), padding (of the masked area, pixels),
-    tiling, hires_scale, hires_steps, hires_upscaler, emphasis, eta, guidance_rescale, rng, step_noise, lora_hashes and ti_hashes
-    ("name: hash, name: hash"), version (default: this fastsd).
+    or "": negative_prompt, schedule_type, seed, model_hash, model, vae_hash, vae, vae_tiling (whether the VAE ran in tiles),
+    clip_skip (the web UI's count, also left out at 1), variation_seed, variation_strength, denoising_strength, mask_blur
+    (pixels), padding (of the masked area, pixels), tiling, hires_scale, hires_steps, hires_upscaler, emphasis, eta,
+    guidance_rescale, rng, step_noise, lora_hashes and ti_hashes ("name: hash, name: hash"), made_with (what no setting can
+    say), version (default: this fastsd).
     ParameterError names a field that is unknown, missing or of the wrong kind.
     """
     unknown = sorted(set(fields) - _KNOWN)
@@ -214,6 +223,11 @@ def check_output_path(path: str | Path) -> Path:
 def hash_name(name: str) -> str:
     """What a file is called in a list of hashes: without the marks that part them."""
     return name.translate({ord(mark): None for mark in ":,"})
+
+
+def file_name(name: str) -> str:
+    """A file's name as it can be written into a picture: what of it is not UTF-8 becomes U+FFFD."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", name)
 
 
 def _checked(name: str, check: Callable[[Any], Any], value: Any) -> Any:

@@ -1,6 +1,7 @@
 """Model files by the names and hashes that the web UI tells them by; hashed on a thread of their own, while the model loads and
 draws."""
 
+import os
 import threading
 from pathlib import Path
 
@@ -13,7 +14,7 @@ class ModelFile:
     """A file, a folder or a Hub id. Of its path the name alone goes into pictures."""
 
     def __init__(self, model: str | Path) -> None:
-        self._path = path = Path(model).resolve()
+        self._path = path = Path(os.path.abspath(model))  # unresolved: the Hub's cache links to files called by hashes
         is_file = path.is_file()
         self.name = path.name if is_file or path.is_dir() else str(model)
         """With the file's suffix."""

@@ -334,7 +334,9 @@ class Pipeline(Previews):
         tell(job.notes + job.degraded)
         if job.drawn is None:
             return present(job.error)
-        made_with = MadeWith(self._model_file, self._vae_file, job.loras, job.words)
+        large = max(map(max, job.sizes)) > self.tile * self.config.vae.downscale
+        tiles = bool(job.request.vae_tiling and large) or any(told.startswith("vae: tiled") for told in job.degraded)
+        made_with = MadeWith(self._model_file, self._vae_file, job.loras, job.words, tiles)
         texts = describe(job.request, job.source, job.hires, job.tables[0], made_with)
         return Result(job.drawn, job.request.seeds, dict(timings), texts, job.notes + job.degraded, job.degraded)
 

@@ -118,7 +118,7 @@ def grid(pictures: Sequence[Image.Image], scale: int = 1) -> Image.Image:
 
 def _chart(unit: int) -> Tensor:
     """Every mixture of SHADES shades of red, green and blue in a patch of its own: [1, H, W, 3] in [−1, 1], H = W = 32·unit."""
-    shades = torch.linspace(-1.0, 1.0, SHADES)
+    shades = torch.linspace(-1.0, 1.0, SHADES, device="cpu")
     colours = torch.cartesian_prod(shades, shades, shades)
     rows = int(len(colours) ** 0.5)
     patches = colours.view(1, rows, -1, 3)

@@ -5,6 +5,7 @@
 files. The same LoRA named twice is added twice. Only the command line reads them, and only in the prompt.
 """
 
+import math
 import re
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -13,12 +14,13 @@ from fastsd.errors import PromptError
 from fastsd.wording import quoted
 
 _TAG = re.compile(r"<(lora|lyco|hypernet):([^<>]*)>")  # what is within has no "<": linear time
-_WRITABLE = re.compile(r"[^:<>\n]+")
+_WRITABLE = re.compile(r"[^\s:<>](?:[^:<>\n]*[^\s:<>])?")
+_DIFFUSERS = "pytorch_lora_weights"  # what diffusers calls the file of every LoRA
 
 
 class LoraTag(NamedTuple):
     name: str
-    """The file's, without its suffix."""
+    """See `tag_name`."""
     text_encoder: float
     unet: float
 
@@ -54,22 +56,45 @@ def without_tags(prompt: str, kind: str = "") -> str:
     return prompt if text == prompt else text.strip()
 
 
+def tag_name(stem: str, folder: str) -> str:
+    """What a tag calls a LoRA: its file's name without the suffix, or its folder's where diffusers chose the file's."""
+    return folder if stem == _DIFFUSERS and folder else stem
+
+
 def with_tags(prompt: str, loras: Iterable[LoraTag]) -> str:
-    """The prompt with a tag behind it for each LoRA that it does not name. A name that no tag can hold is left out."""
-    named = {tag.name for tag in take_tags(prompt).loras}
-    tags = [_written(tag) for tag in loras if tag.name not in named and _WRITABLE.fullmatch(tag.name)]
+    """The prompt with tags behind it, so that with its own ones the weights of each name add up to what is said here.
+
+    loras: one a name. A name that no tag can hold is left out.
+    """
+    try:
+        own = {tag.name: tag for tag in take_tags(prompt).loras}
+    except PromptError:  # a prompt of the library's, to which tags are words
+        own = {}
+    tags = []
+    for tag in loras:
+        before = own.get(tag.name, LoraTag(tag.name, 0.0, 0.0))
+        if (tag.name not in own or before != tag) and _WRITABLE.fullmatch(tag.name):
+            rest = _rest(tag.text_encoder, before.text_encoder), _rest(tag.unet, before.unet)
+            tags.append(_written(LoraTag(tag.name, *rest)))
     return " ".join([prompt, *tags] if prompt else tags)
 
 
 def with_prompt(parameters: str, text: str, prompt: str) -> str:
-    """`parameters` of a picture that was drawn from `text`, what `take_tags` left of `prompt`: with `prompt` in its place."""
+    """`parameters` of a picture that was drawn from `text`, what `take_tags` left of `prompt`: with `prompt` in its place, unless
+    that has tags that cannot be read, or name what was not used."""
     if text == prompt:
         return parameters
-    behind = parameters[len(text) :]
+    behind, used = parameters[len(text) :], list[LoraTag]()
     if text or behind.startswith("<"):
         tags, _, behind = behind.partition("\n")
-        prompt = with_tags(prompt, take_tags(tags).loras)
-    return f"{prompt}\n{behind}"
+        used = take_tags(tags).loras
+    try:
+        asked = {tag.name for tag in take_tags(prompt).loras}
+    except PromptError:
+        return parameters
+    if not asked <= {tag.name for tag in used}:
+        return parameters
+    return f"{with_tags(prompt, used)}\n{behind}"
 
 
 def _lora(tag: str, inside: str) -> LoraTag:
@@ -82,7 +107,7 @@ def _lora(tag: str, inside: str) -> LoraTag:
             weights[key] = float(value)
         except ValueError:
             key = ""
-        if key not in ("te", "unet"):
+        if key not in ("te", "unet") or not math.isfinite(weights[key]):
             raise PromptError(
                 f"prompt: {quoted(tag)}: {quoted(part)} is no weight; write <lora:name:0.8> or <lora:name:te=0.5:unet=1>"
             )
@@ -90,6 +115,12 @@ def _lora(tag: str, inside: str) -> LoraTag:
         raise PromptError(f"prompt: {quoted(tag)} has no name; write <lora:name:0.8>")
     text_encoder = weights.get("te", 1.0)
     return LoraTag(name.strip(), text_encoder, weights.get("unet", text_encoder))
+
+
+def _rest(whole: float, part: float) -> float:
+    """What makes the whole with the part; of few digits where these do."""
+    short = round(whole - part, 6)
+    return short if part + short == whole else whole - part
 
 
 def _written(tag: LoraTag) -> str:

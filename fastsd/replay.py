@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -30,12 +31,12 @@ _ARGUMENTS = {
     "eta": "eta",
     "guidance_rescale": "guidance_rescale",
     "tiling": "tiling",
+    "vae_tiling": "vae_tiling",
     "variation_seed": "variation_seed",
     "variation_strength": "variation_strength",
     "hires_scale": "hires_scale",
     "hires_steps": "hires_steps",
 }
-_WEIGHTS = (".safetensors", ".ckpt", ".pt")
 _HASH = re.compile("[0-9a-fA-F]{6,64}")
 
 
@@ -53,21 +54,25 @@ class Replay:
     vae: str | None = None
     """In the place of the model's own."""
     prompt: str = ""
-    """As the file has it; what is to be drawn of it is among the arguments."""
+    """As the file has it, but for hypernetworks; what is to be drawn of it is among the arguments."""
     loras: list[LoraTag] = field(default_factory=list)
     """What its tags ask for."""
 
 
 def read_parameters(path: str | Path) -> str:
-    """The text that a PNG, JPEG or WebP carries of how it was made; its pixels are not decoded.
+    """The text that a PNG, JPEG or WebP carries of how it was made. A PNG is decoded only to find one behind its pixels.
 
     ImageError if the file cannot be read, is none of these, is larger than 16.8 million pixels, or carries no such text.
     """
+    if not os.path.isfile(path):  # nor a named pipe, which might be waited for in vain
+        raise ImageError(f"{Path(path).name} cannot be read: there is no such file")
     try:
         with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
             width, height = image.size
+            comment = None
+            if width * height <= MAX_PIXELS and "parameters" not in image.info:
+                comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(_USER_COMMENT)
             text = image.info.get("parameters")
-            comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(_USER_COMMENT)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         why = getattr(error, "strerror", None) or "it is damaged, or something else"
         raise ImageError(f"{Path(path).name} cannot be read as PNG, JPEG or WebP: {why}") from error
@@ -110,14 +115,20 @@ def read_replay(text: str) -> Replay:
         _upscaler(fields.get("hires_upscaler"), arguments, lost)
     elif "denoising_strength" in fields:
         lost.append("Denoising strength: it was made from another image, which the file does not hold")
+    if "seed" not in fields:
+        lost.append("Seed: the file has none; a random one is taken")
+    if "made_with" in fields:
+        lost.append(f"Made with {fields['made_with']}: that is not replayed")
     ours = str(fields.get("version", "")).startswith("fastsd")
     arguments["prompt_style"] = "plain" if fields.get("emphasis") == "None" else "a1111"
     _noise(fields, ours, arguments, lost)
     lost += [f"{label}: {value}" for label, value in extra.items() if label != "Hashes"]
     prompt = fields["prompt"]
-    tags = _tags(prompt, lost) if not ours or "lora_hashes" in fields else Tagged(prompt, [], [])
+    tags = Tagged(prompt, [], [])
+    if not ours or "lora_hashes" in fields:
+        tags, prompt = _tags(prompt, lost), without_tags(prompt, "hypernet")
     arguments["prompt"] = tags.text
-    hashes = dict(_hashes(fields, extra))
+    hashes = dict(_hashes(fields, extra, lost))
     return Replay(arguments, fields.get("model"), hashes, lost, fields.get("vae"), prompt, tags.loras)
 
 
@@ -155,15 +166,18 @@ def _upscaler(label: str | None, arguments: dict[str, Any], lost: list[str]) -> 
         lost.append(f"Hires upscaler: fastsd has not {label}; it has {', '.join(known)}")
 
 
-def _hashes(fields: Mapping[str, Any], extra: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+def _hashes(fields: Mapping[str, Any], extra: Mapping[str, str], lost: list[str]) -> Iterator[tuple[str, str]]:
     for label, name in (("model_hash", "model"), ("vae_hash", "vae")):
         if _HASH.fullmatch(fields.get(label, "")):
             yield name, fields[label].lower()
     for label, kind in (("lora_hashes", "lora"), ("ti_hashes", "embed")):
+        told: dict[str, str] = {}
         for part in fields.get(label, "").split(","):
-            name, _, value = part.rpartition(":")
-            if _HASH.fullmatch(value.strip()):
-                yield f"{kind}:{name.strip()}", value.strip().lower()
+            name, value = (side.strip() for side in part.rpartition(":")[::2])
+            if _HASH.fullmatch(value):
+                if told.setdefault(name, value.lower()) != value.lower():
+                    lost.append(f"{kind}:{name} has two hashes, of two files; {value.lower()} is looked for alone")
+                yield f"{kind}:{name}", value.lower()
     try:
         listed = json.loads(extra.get("Hashes", "{}"))
     except (ValueError, RecursionError):
@@ -173,22 +187,29 @@ def _hashes(fields: Mapping[str, Any], extra: Mapping[str, str]) -> Iterator[tup
             yield name, value.lower()
 
 
-def find_hashed(hashes: Mapping[str, str], folders: Iterable[Path]) -> dict[str, Path]:
-    """The files under the folders that have these hashes, by what the hash is of; what is not found is left out.
+def find_hashed(hashes: Mapping[str, str], files: Iterable[Path]) -> tuple[dict[str, Path], list[str]]:
+    """Those of the files that have these hashes, by what the hash is of, and what could not be read, line by line.
 
     A file is known by the start of its SHA-256, as the web UI gives it for models and embeddings, or by that of all behind a
-    safetensors header, as it does for LoRAs.
+    safetensors header, as it does for LoRAs. A picture may be an embedding alone.
     """
     wanted = dict(hashes)
     found: dict[str, Path] = {}
-    for path in sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in _WEIGHTS):
-        if not wanted:
-            break
-        digests = _digests(path)
-        for name in [name for name, value in wanted.items() if any(d.startswith(value) for d in digests)]:
+    lost = []
+    for path in files:
+        picture = path.suffix.lower() == ".png"
+        asked = {name: value for name, value in wanted.items() if name.startswith("embed:") or not picture}
+        if not asked:
+            continue
+        try:
+            digests = _digests(path)
+        except OSError as error:
+            lost.append(f"{path.name} cannot be read ({error.strerror or error}); it may be what was not found")
+            continue
+        for name in [name for name, value in asked.items() if any(d.startswith(value) for d in digests)]:
             found[name] = path
             del wanted[name]
-    return found
+    return found, lost
 
 
 def find_adapters(
@@ -225,7 +246,7 @@ def _digests(path: Path) -> tuple[str, str]:
     with path.open("rb") as file:
         start = file.read(8)
         whole.update(start)
-        header = int.from_bytes(start, "little") if len(start) == 8 and path.suffix == ".safetensors" else 0
+        header = int.from_bytes(start, "little") if len(start) == 8 and path.suffix.lower() == ".safetensors" else 0
         left = header
         while block := file.read(1 << 20):
             whole.update(block)

@@ -12,9 +12,9 @@ from torch import Tensor
 from fastsd.adapters import UsedLora
 from fastsd.hires import UPSCALERS, Hires
 from fastsd.image_source import Source
-from fastsd.metadata import RNG_LABELS, format_parameters, hash_name
+from fastsd.metadata import RNG_LABELS, file_name, format_parameters, hash_name
 from fastsd.model_hash import ModelFile
-from fastsd.prompt_tags import LoraTag, with_tags
+from fastsd.prompt_tags import LoraTag, with_tags, without_tags
 from fastsd.request import Request
 from fastsd.sampling import SAMPLERS, Table
 from fastsd.sampling.names import schedule_label
@@ -41,7 +41,7 @@ class Result:
 
 
 class MadeWith(NamedTuple):
-    """The files that images are made with."""
+    """What images are made with: the files, and whether the VAE ran in tiles."""
 
     model: ModelFile
     vae: ModelFile | None
@@ -49,6 +49,7 @@ class MadeWith(NamedTuple):
     loras: Sequence[UsedLora]
     words: Mapping[str, str]
     """Of textual inversions, those that the prompts may hold → their files' SHA-256."""
+    vae_tiles: bool = False
 
 
 def describe(
@@ -58,6 +59,7 @@ def describe(
 
     As there, a prompt names the LoRAs; but one that is weighed by block has a hash alone: no tag can say its weights.
     """
+    loras = _by_name(made_with.loras)
     default = SAMPLERS[table.sampler].default_eta
     per_prompt, variation = request.images_per_prompt, request.noise.variation
     same: dict[str, Any] = {
@@ -67,11 +69,12 @@ def describe(
         "cfg_scale": request.guidance_scale,
         "width": request.width,
         "height": request.height,
-        "model": made_with.model.stem,
+        "model": file_name(made_with.model.stem),
         "model_hash": made_with.model.hash(),
-        "vae": made_with.vae and made_with.vae.name,
+        "vae": made_with.vae and file_name(made_with.vae.name),
         "vae_hash": made_with.vae and made_with.vae.hash(),
-        "lora_hashes": _hashes((lora.name, lora.sha256) for lora in made_with.loras),
+        "vae_tiling": made_with.vae_tiles or None,
+        "lora_hashes": _hashes((lora.name, lora.sha256) for lora in loras),
         "clip_skip": request.clip_skip + 1 if request.prompts else None,  # A1111 counts the last layer as 1
         "eta": None if default is None or request.eta == default else request.eta,
         "guidance_rescale": request.guidance_rescale or None,
@@ -95,17 +98,40 @@ def describe(
         same["emphasis"] = "None"
     said = written.lower()
     same["ti_hashes"] = _hashes((word, sha256) for word, sha256 in made_with.words.items() if word.lower() in said)
-    tags = [LoraTag(one.name, one.text_encoder, one.unet) for one in made_with.loras if one.unet is not None]
+    tags = [LoraTag(one.name, one.text_encoder, one.unet) for one in loras if one.unet is not None]
     texts = []
     for index in range(request.batch):
+        prompt = request.prompts[index // per_prompt] if request.prompts else ""
+        unsaid = {
+            "embeddings in the place of a prompt": request.prompts is None,
+            "latents of its own": request.latents is not None,
+            "tags that were encoded as words": bool(loras) and without_tags(prompt) != prompt,
+        }
         own = {
-            "prompt": with_tags(request.prompts[index // per_prompt] if request.prompts else "", tags),
+            "prompt": with_tags(prompt, tags),
+            "made_with": " and ".join(what for what, holds in unsaid.items() if holds),
             "negative_prompt": request.negative_prompts[index // per_prompt] if request.negative_prompts else "",
             "seed": request.seeds[index] if request.seeds else None,
             "variation_seed": variation and variation.seeds[index],
         }
         texts.append(format_parameters({key: value for key, value in (own | same).items() if value is not None}))
     return texts
+
+
+def _by_name(loras: Iterable[UsedLora]) -> list[UsedLora]:
+    """One a file, with the sum of its weights, and under a name of its own: a second file of a name has a number behind it."""
+    files: dict[tuple[str, str], UsedLora] = {}
+    for lora in loras:
+        name = file_name(lora.name)
+        before = files.get((name, lora.sha256), UsedLora(name, lora.sha256, 0.0, 0.0))
+        unet = None if lora.unet is None or before.unet is None else before.unet + lora.unet
+        files[name, lora.sha256] = UsedLora(name, lora.sha256, before.text_encoder + lora.text_encoder, unet)
+    named: dict[str, UsedLora] = {}
+    for lora in files.values():
+        names = (f"{lora.name}-{number}" if number else lora.name for number in (0, *range(2, len(files) + 2)))
+        name = next(name for name in names if hash_name(name) not in named)
+        named[hash_name(name)] = lora._replace(name=name)
+    return list(named.values())
 
 
 def _hashes(files: Iterable[tuple[str, str]]) -> str:

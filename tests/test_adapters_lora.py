@@ -12,11 +12,13 @@ import pytest
 import torch
 from diffusers.loaders.lora_conversion_utils import _convert_unet_lora_key, _maybe_map_sgm_blocks_to_diffusers
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsd
 from fastsd.adapters import LoraAdapters, SwapLock
-from fastsd.adapters.deltas import Delta
+from fastsd.adapters.deltas import Delta, tucker
 from fastsd.adapters.lora_keys import layer_shapes, ldm_names
+from fastsd.adapters.lora_layers import MAX_SCALE
 from fastsd.config import SD15
 from fastsd.errors import NumericsError, OutOfMemoryError, ParameterError
 from fastsd.models.unet import UNet
@@ -271,6 +273,42 @@ def test_a_lora_in_tucker_form_is_three_convolutions(ours: fastsd.Pipeline, tmp_
     truth = conv(conv(conv(x, down), mid, padding=1), up) * 2 / 5
     error = oracle.relative_l2(conv(x, found, padding=1), truth)
     assert error <= LORA_WEIGHT * 10, f"relative error {error:.1e} against the three convolutions"
+
+
+class LargestResult(TorchDispatchMode):
+    """How many elements the largest result of an operation has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        self.elements = max(self.elements, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("ranks", [(1, 800), (800, 1), (300, 40), (3, 4)])
+def test_tucker_factors_do_not_inflate(ranks: tuple[int, int]) -> None:
+    """A rank may be anything; what is computed on the way stays as small as the factors or the weight."""
+    core, a, b = rand(*ranks, 3, 3), rand(ranks[0], 16), rand(ranks[1], 32)
+    with LargestResult() as seen:
+        found = tucker(core, a, b)
+    assert seen.elements <= max(x.numel() for x in (core, a, b, found)), f"{seen.elements} elements on the way"
+    truth = torch.einsum("rshw,ro,si->oihw", core.double(), a.double(), b.double())
+    assert oracle.relative_l2(found, truth) <= LORA_WEIGHT
+
+
+def test_the_largest_scale_is_merged_with_the_largest_weight(ours: fastsd.Pipeline, tmp_path: Path) -> None:
+    """In fp32, without an overflow: 3.4e35 · 1000 times a product of 1e-38."""
+    weight = ours.unet.get_parameter(f"{LAYER['linear']}.weight")
+    before = weight.detach().clone()
+    name = kohya("unet", LAYER["linear"])
+    up, down = torch.full((64, 1), 1e-19), torch.full((1, 64), 1e-19)
+    state = {"lora_up.weight": up, "lora_down.weight": down, "alpha": torch.tensor(MAX_SCALE, dtype=torch.float64)}
+    loras = adapters(ours)
+    loras.load_lora_weights(save({f"{name}.{k}": v for k, v in state.items()}, tmp_path / "scaled.safetensors"), "a")
+    loras.set_adapters("a", 1000)
+    truth = before.double() + MAX_SCALE * 1000 * up.double() @ down.double()
+    assert oracle.relative_l2(weight.detach(), truth) <= LORA_WEIGHT
 
 
 def test_a_lokr_of_whole_factors_has_no_alpha(ours: fastsd.Pipeline, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import gc
 import hashlib
+import os
 import threading
 import weakref
 from pathlib import Path
@@ -158,6 +159,53 @@ def test_the_parameters_name_what_was_merged(own: fastsd.Pipeline, ink: Path, tm
     assert fields() == plain | {"lora_hashes": f"ink: {hashed}"}, "no tag can say what each block weighs"
     own.disable_lora()
     assert fields() == plain
+
+
+def test_the_parameters_weigh_what_was_merged(own: fastsd.Pipeline, ink: Path) -> None:
+    """What a prompt of the library's has of tags is text, and weighs nothing; a file that is merged twice weighs the sum."""
+
+    def text(prompt: str) -> str:
+        return own.generate(prompt, num_inference_steps=1, seed=0).parameters[0]
+
+    own.load_lora_weights(ink, adapter_name="ink")
+    own.set_adapters("ink", 0.8)
+    fields = parse_parameters(text("a circle <lora:ink:0.3>"))
+    assert fields["prompt"] == "a circle <lora:ink:0.3> <lora:ink:0.5>", "a reader adds them up"
+    assert fields["made_with"] == "tags that were encoded as words"
+    assert "made_with" not in parse_parameters(text("a circle"))
+    assert text("x <lora:> <lora:a:b>").startswith("x <lora:> <lora:a:b> <lora:ink:0.8>\n")
+    own.load_lora_weights(ink, adapter_name="again")
+    own.set_adapters(["ink", "again"], [0.25, {"unet": 0.5, "text_encoder": 1}])
+    fields = parse_parameters(text("a circle"))
+    assert fields["prompt"] == "a circle <lora:ink:1.25:0.75>"
+    assert fields["lora_hashes"].count("ink") == 1
+    own.set_adapters(["ink", "again"], [0.25, {"mid": 0.5}])
+    assert parse_parameters(text("a circle"))["prompt"] == "a circle"
+
+
+def test_names_that_are_not_utf8_are_written(ink: Path, tmp_path: Path) -> None:
+    odd, out = os.fsdecode(b"caf\xe9.safetensors"), tmp_path / "out.png"
+    try:
+        ink.rename(tmp_path / odd)
+    except OSError:
+        pytest.skip("this disk takes UTF-8 only")
+    convert(fastsd.pipeline.BUNDLED, tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").rename(tmp_path / f"model-{odd}")
+    asked = ["generate", "-p", "x", "--steps", "1", "-q", "-o", str(out)]
+    for options in (["--lora", str(tmp_path / odd)], ["-m", str(tmp_path / f"model-{odd}")]):
+        done = CliRunner().invoke(cli.app, [*asked, *options])
+        assert done.exit_code == 0, done.output
+        with Image.open(out) as image:
+            assert "caf\ufffd" in image.info["parameters"]
+
+
+def test_a_linked_model_has_the_name_of_the_link(tmp_path: Path) -> None:
+    """The Hub's cache links what was downloaded to files that are called by their hashes."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "0123abcd").write_bytes(b"abc")
+    (tmp_path / "some-model.safetensors").symlink_to(tmp_path / "blobs" / "0123abcd")
+    model = ModelFile(tmp_path / "some-model.safetensors")
+    assert (model.stem, model.name, model.hash()) == ("some-model", "some-model.safetensors", "ba7816bf8f")
 
 
 def test_a_single_file_has_its_hash(tmp_path: Path) -> None:

@@ -205,6 +205,10 @@ def test_how_latents_are_scaled(tmp_path: Path) -> None:
 YAML = {
     "a: [": "not valid YAML",
     "a: \x00": "not valid YAML",
+    **dict.fromkeys(
+        ("a: !!int ''", "a: !!float ''", "a: !!bool maybe", "a: !!timestamp z", f"a: 1{':10' * 2000}.5"),
+        r"config\.yaml: not valid YAML",
+    ),
     "a: &x [1]\nb: *x": "YAML with aliases, or nested deeply, is refused",
     "[" * 60_000: "YAML with aliases, or nested deeply, is refused",
     "- 1": "must be a path to a YAML file or a mapping, not",

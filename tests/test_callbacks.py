@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import fastsd
+from fastsd.errors import NumericsError, ParameterError
 from fastsd.ops import REFERENCE, StepRow, guide
 from fastsd.sampling import SAMPLERS, make_table
 from tests import oracle
@@ -192,6 +193,34 @@ def test_outside_the_mask_it_is_the_image(pipe: fastsd.Pipeline, sampler: str) -
     assert (seen[0][..., :4] - seen[-1][..., :4]).abs().max() > 0.1, "what is painted does not change"
     sample = pipe.encode_image(image)[..., 4:]
     assert oracle.relative_l2(seen[0][..., 4:], sample) < 0.5, "it is not the image's"
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e300])
+@pytest.mark.parametrize("last", [False, True])
+def test_latents_that_are_not_finite_are_refused(pipe: fastsd.Pipeline, value: float, last: bool) -> None:
+    """At once, also after the last step, where no UNet would stumble over them; 1e300 is beyond float32."""
+
+    def spoil(pipe: Any, step: int, timestep: float, values: dict[str, Any]) -> dict[str, Any] | None:
+        latents = values["latents"].double()
+        latents[0, 0, 0, 0] = value
+        return {"latents": latents} if step == (2 if last else 1) else None
+
+    says = f"^callback_on_step_end: the latents it returns at step {3 if last else 2} of 3 are not finite$"
+    with pytest.raises(ParameterError, match=says):
+        pipe.generate(PROMPT, **SMALL, num_inference_steps=3, callback_on_step_end=spoil)
+
+
+def test_what_the_unet_spoilt_is_not_the_callbacks_fault() -> None:
+    broken = fastsd.Pipeline(device="cpu", backend="reference")
+    with torch.no_grad():
+        broken.unet.conv_out.bias.fill_(torch.nan)
+    with pytest.raises(NumericsError, match="unet: a non-finite value at step 1"):
+        broken.generate(
+            PROMPT,
+            **SMALL,
+            num_inference_steps=3,
+            callback_on_step_end=lambda *given: {"latents": 0.9 * given[-1]["latents"]},
+        )
 
 
 def test_it_is_the_callbacks_own(pipe: fastsd.Pipeline) -> None:

@@ -391,6 +391,9 @@ def test_version_and_help() -> None:
     options = invoke("generate", "--help").stdout
     for option in ("-p, --prompt", "-s, --seed", "-W, --width", "--sampling-method", "--scheduler", "-q, --quiet"):
         assert option in options
+    for command in ("generate", "replay", "verify"):
+        assert "Also read pickles: .bin, .ckpt, .pt" in " ".join(invoke(command, "--help").stdout.split())
+    assert "with -replay behind it" in " ".join(invoke("replay", "--help").stdout.split())
 
 
 # --- as a process -----------------------------------------------------------------------------------------------------

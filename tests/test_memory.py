@@ -132,6 +132,8 @@ def test_generate_tells_what_was_degraded(pipe: fastsd.Pipeline, poor: fastsd.Pi
     result = poor.generate("a square", **large)
     assert result.degraded == [TILED]
     assert TILED in result.warnings
+    assert result.parameters == expected.parameters, "tiles are said of the picture, asked for or not"
+    assert ", VAE tiling: True, " in result.parameters[0]
     assert oracle.psnr(result.images, expected.images) >= IMAGE_PSNR
     memory.limit = 10**9
     whole = poor.generate("a square", **large)

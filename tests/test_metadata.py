@@ -127,6 +127,20 @@ def test_wrong_fields_are_named(change: dict[str, Any], message: str) -> None:
         format_parameters({**FIELDS, **change})
 
 
+def test_flags_and_what_no_setting_can_say() -> None:
+    text = format_parameters({**FIELDS, "vae_tiling": True, "made_with": "latents: ours"})
+    assert ', VAE tiling: True, Clip skip: 2, Denoising strength: 0.7, Made with: "latents: ours", ' in text
+    fields = parse_parameters(text)
+    assert (fields["vae_tiling"], fields["made_with"]) == (True, "latents: ours")
+    assert parse_parameters(text.replace("tiling: True", "tiling: some"))["extra"] == {"VAE tiling": "some"}
+    with pytest.raises(ParameterError, match="vae_tiling must be True or False, not 'x'"):
+        format_parameters({**FIELDS, "vae_tiling": "x"})
+
+
+def test_names_of_files_can_be_written() -> None:
+    assert metadata.file_name("caf\udce9 \U0001f600") == "caf\ufffd \U0001f600"
+
+
 WEB_UI_TEXTS: list[tuple[str, dict[str, Any]]] = [
     (
         "photo of a (cat:1.2), [dog|wolf]\nmasterpiece\nNegative prompt: lowres, bad anatomy\nwatermark\n"
@@ -152,10 +166,8 @@ WEB_UI_TEXTS: list[tuple[str, dict[str, Any]]] = [
             "lora_hashes": "add_detail: 7c6bad76eb54, lcm: aaa",
             "ti_hashes": "",
             "version": "v1.9.3",
-            "extra": {
-                "VAE hash": "c6a580b13a",
-                "VAE": "vae-ft-mse.ckpt",
-            },
+            "vae_hash": "c6a580b13a",
+            "vae": "vae-ft-mse.ckpt",
         },
     ),
     (  # the empty prompt, and the line end some tools add

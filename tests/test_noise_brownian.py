@@ -56,6 +56,24 @@ def test_a_path_is_torchsdes(seed: int, steps: int) -> None:
             oracle.assert_equal(found, expected, f"noise from {sigma:.4f} to {to:.4f}")
 
 
+def test_a_path_is_not_on_the_callers_default_device() -> None:
+    ours = [BrownianPath(3, 0.03, 14.6, draw).unit_noise(9.0, 2.5)]
+    with torch.device("meta"):
+        path = BrownianPath(3, 0.03, 14.6, lambda seed: randn(SHAPE, seeded(seed, "cpu")))
+        ours.append(path.unit_noise(9.0, 2.5))
+    oracle.assert_equal(ours[1], ours[0], "with another default device")
+
+
+@pytest.mark.parametrize("high", [14.6146, 4096.0, 1e4])
+def test_no_noise_is_drawn_twice_in_a_walk(high: float) -> None:
+    """What lies on the way to both ends of a step is kept for the step that begins where it ended."""
+    drawn: list[int] = []
+    path = BrownianPath(3, 0.0292, high, lambda seed: drawn.append(seed) or torch.zeros(1))
+    for sigma, sigma_next in pairwise(np.geomspace(high, 0.0292, 30).tolist()):
+        path.unit_noise(sigma, sigma_next)
+    assert len(set(drawn)) == len(drawn), f"{len(drawn)} noises drawn, where the walk has {len(set(drawn))}"
+
+
 def test_a_path_does_not_hang_on_what_is_asked() -> None:
     first, second = (BrownianPath(3, 0.03, 14.6, draw) for _ in range(2))
     expected = [first.unit_noise(high, low) for high, low in ((14.6, 9.0), (9.0, 2.5), (2.5, 0.03))]

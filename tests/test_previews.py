@@ -72,6 +72,14 @@ def test_the_vae_is_asked_once(pipe: fastsd.Pipeline, drawn: Tensor, monkeypatch
     assert len(pipe.preview(drawn)) == len(drawn)
 
 
+def test_the_map_is_not_on_the_callers_default_device(pipe: fastsd.Pipeline, drawn: Tensor) -> None:
+    expected = unit(pipe.preview(drawn))
+    other = fastsd.Pipeline(device="cpu")
+    with torch.device("meta"):
+        found = unit(other.preview(drawn))
+    assert np.array_equal(found, expected)
+
+
 def test_another_vae_has_another_map(random_model: Path) -> None:
     """Fitted, not built in: a chart that this VAE encodes is shown in its own colours."""
     pipe = fastsd.Pipeline(random_model, device="cpu", backend="reference")

@@ -13,7 +13,7 @@ import fastsd
 from fastsd import cli
 from fastsd.errors import PromptError
 from fastsd.metadata import parse_parameters
-from fastsd.prompt_tags import LoraTag, take_tags, with_prompt, with_tags, without_tags
+from fastsd.prompt_tags import LoraTag, tag_name, take_tags, with_prompt, with_tags, without_tags
 from tests.adapter_builders import kohya_lora, save
 from tests.oracle import assert_equal
 
@@ -44,7 +44,16 @@ def test_tags_are_taken_out(prompt: str, text: str, loras: list[tuple[str, float
 
 
 @pytest.mark.parametrize(
-    "tag", ["<lora:ink:much>", "<lora:ink:>", "<lora:ink:1:1:1>", "<lora:ink:lbw=ALL>", "<lora::1>"]
+    "tag",
+    [
+        "<lora:ink:much>",
+        "<lora:ink:>",
+        "<lora:ink:1:1:1>",
+        "<lora:ink:lbw=ALL>",
+        "<lora::1>",
+        "<lora:ink:nan>",
+        "<lora:ink:1:inf>",
+    ],
 )
 def test_tags_that_say_nothing_are_refused(tag: str) -> None:
     with pytest.raises(PromptError, match=r"<lora:name:0\.8>") as caught:
@@ -70,7 +79,47 @@ def test_tags_that_are_written_are_read_back() -> None:
     assert take_tags(written) == ("a red circle", tags, [])
     assert with_tags(written, tags) == written, "named once"
     assert with_tags("", tags[:1]) == "<lora:ink:1>"
-    assert with_tags("x", [LoraTag("no:tag", 1, 1)]) == "x"
+    assert with_tags("x", [LoraTag(name, 1, 1) for name in ("no:tag", " ", "", " ink", "ink ", "i\nk")]) == "x"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "weights", "written"),
+    [
+        ("x <lora:ink:0.5>", (0.8, 0.8), "x <lora:ink:0.5> <lora:ink:0.3>"),
+        ("x <lora:ink:0.3>", (0.8, 0.3), "x <lora:ink:0.3> <lora:ink:0.5:0>"),
+        ("<lora:ink:1> <lora:ink:1>", (-0.5, 1.0), "<lora:ink:1> <lora:ink:1> <lora:ink:-2.5:-1>"),
+        ("x <lora:ink:0.1>", (0.3, 0.1), "x <lora:ink:0.1> <lora:ink:0.19999999999999998:0>"),  # 0.1 + 0.2 is not 0.3
+        ("x <lora:ink:1>", (0.0, 0.0), "x <lora:ink:1> <lora:ink:-1>"),
+        ("x", (0.0, 0.0), "x <lora:ink:0>"),
+        ("x <lora:> <lora:x:abc>", (0.5, 0.5), "x <lora:> <lora:x:abc> <lora:ink:0.5>"),
+    ],
+)
+def test_the_tags_of_a_name_add_up_to_what_was_used(prompt: str, weights: tuple[float, float], written: str) -> None:
+    used = LoraTag("ink", *weights)
+    assert with_tags(prompt, [used]) == written
+    if "abc" not in prompt:
+        assert take_tags(written).loras == [used]
+
+
+def test_what_diffusers_calls_every_lora_is_no_name() -> None:
+    assert tag_name("ink.v2", "loras") == "ink.v2"
+    assert tag_name("pytorch_lora_weights", "ink") == "ink"
+    assert tag_name("pytorch_lora_weights", "") == "pytorch_lora_weights", "there is no other"
+
+
+@pytest.mark.parametrize("prompt", ["x <lora:ink:abc>", "x <lora:>", "x <lora:gone:1>"])
+def test_a_prompt_that_says_more_than_was_used_is_not_written(prompt: str) -> None:
+    assert with_prompt("x\nSteps: 2", "x", prompt) == "x\nSteps: 2"
+    assert with_prompt("x <lora:ink:1>\nSteps: 2", "x", prompt) == "x <lora:ink:1>\nSteps: 2"
+
+
+@pytest.mark.parametrize("prompt", ["a circle <lora:x:abc>", "<lora:>", "<lora:ink:1> <lora::2>"])
+def test_what_looks_like_a_tag_is_text_to_the_library(pipe: fastsd.Pipeline, prompt: str) -> None:
+    drawn = pipe.generate(prompt, num_inference_steps=1, seed=1)
+    assert drawn.parameters[0].startswith(f"{prompt}\nSteps: 1, ")
+    several = pipe.generate_batch([{"prompt": one, "num_inference_steps": 1, "seed": 1} for one in ("a", prompt)])
+    assert [type(one).__name__ for one in several] == ["Result", "Result"]
+    assert several[1].parameters == drawn.parameters
 
 
 @pytest.mark.parametrize("behind", ["\nNegative prompt: b\nSteps: 2", "\nSteps: 2"])

@@ -64,8 +64,14 @@ def kronecker_shape(s: Shapes) -> Shape | None:
 
 
 def tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """A convolution's weight from core [r, s, h, w], a [r, O], b [s, I] → [O, I, h, w]."""
-    return torch.einsum("rshw,ro,si->oihw", core, a, b)
+    """A convolution's weight from core [r, s, h, w], a [r, O], b [s, I] → [O, I, h, w].
+
+    The smaller of the two intermediates is formed, sqrt(O·s · r·I) · h·w at most: never more than the core or the weight has,
+    whatever the ranks.
+    """
+    if a.shape[1] * b.shape[0] <= a.shape[0] * b.shape[1]:
+        return torch.einsum("oshw,si->oihw", torch.einsum("rshw,ro->oshw", core, a), b)
+    return torch.einsum("rihw,ro->oihw", torch.einsum("rshw,si->rihw", core, b), a)
 
 
 def _product(a: Tensor, b: Tensor, core: Tensor | None = None) -> Tensor:

@@ -3,6 +3,7 @@
 How they are merged, and taken off to the last bit, is in `merging`.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from fastsd.adapters.merging import MergedWeights, Terms
 from fastsd.adapters.swap_lock import SwapLock
 from fastsd.device import computing
 from fastsd.errors import NumericsError, ParameterError
+from fastsd.prompt_tags import tag_name
 from fastsd.wording import listed, quoted
 
 Weights = Mapping[str, Weight]
@@ -28,7 +30,7 @@ class UsedLora(NamedTuple):
     """A LoRA that is merged in, as a picture's parameters name it."""
 
     name: str
-    """Its file's, without the suffix."""
+    """See `fastsd.prompt_tags.tag_name`; two may have one."""
     sha256: str
     """As `fastsd.checkpoints.lora.read_hashed` takes it."""
     text_encoder: float
@@ -45,7 +47,7 @@ class LoraAdapters:
         self._lock = lock
         self._adapters: dict[str, dict[Layer, Delta]] = {}
         self._files: dict[str, tuple[str, str]] = {}
-        """An adapter's file: its name without the suffix, its hash."""
+        """An adapter's file: what a tag calls it, its hash."""
         self._active: dict[str, Weights] = {}
         self._enabled = True
         self._merged: dict[str, Weights] = {}
@@ -71,6 +73,7 @@ class LoraAdapters:
         if adapter_name is not None and (not isinstance(adapter_name, str) or not adapter_name):
             raise ParameterError(f"adapter_name: must be a string, not {quoted(adapter_name)}")
         file = read_lora(path, self._nets, weight_name, allow_pickle, **hub)
+        place = Path(os.path.abspath(path))  # a file, a folder, or as if it were one: a repository
         with self._lock.swapping():
             free = (
                 name for index in range(len(self._adapters) + 1) if (name := f"default_{index}") not in self._adapters
@@ -79,7 +82,7 @@ class LoraAdapters:
             if name in self._adapters:
                 raise ParameterError(f"adapter_name: {quoted(name)} is taken; choose another, or delete that one first")
             self._adapters[name] = {layer: delta.on(self._device) for layer, delta in file.layers.items()}
-            self._files[name] = (file.name, file.sha256)
+            self._files[name] = tag_name(file.name, (place.parent if place.is_file() else place).name), file.sha256
             try:
                 self._switch({name: dict.fromkeys(self._nets, 1.0)}, self._enabled)
             except BaseException:

@@ -4,6 +4,7 @@ keys ─► layer and factor ─► a formula a layer ─► the shape it gives 
 """
 
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastsd.adapters.block_weights import MAX_WEIGHT
 from fastsd.adapters.deltas import FORMULAS, Delta, bound_of, rank_of
 from fastsd.adapters.lora_keys import Layer, foreign, layer_shapes, spellings, split_key
 from fastsd.checkpoints.lora import find_lora, open_lora, read_hashed, training_config
@@ -21,6 +23,9 @@ from fastsd.wording import listed, quoted, shown
 
 Keys = dict[str, str]
 """A layer's factors: what each is → its key in the file."""
+
+MAX_SCALE = torch.finfo(torch.float32).max / MAX_WEIGHT
+"""Weights are merged in fp32, which must hold a scale times the largest weight that an adapter may be given."""
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _TRAINED_FOR = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
@@ -49,7 +54,7 @@ def read_lora(
     path, weight_name, hub: as `fastsd.checkpoints.lora.find_lora` takes them; allow_pickle: as `open_lora`. The scale is
     alpha / rank; without an alpha it is 1, as it is where no factor is of low rank.
     Raises CheckpointError, naming ten keys at most, for what these refuse, for keys of layers that the model has not, factors
-    that are missing or do not fit, DoRA, other models' LoRAs, and values that are not finite.
+    that are missing or do not fit, DoRA, other models' LoRAs, values that are not finite, and scales beyond MAX_SCALE.
     """
     place = find_lora(path, weight_name, **hub)
     file = open_lora(place, allow_pickle)
@@ -156,6 +161,11 @@ def _delta(
     else:
         divisor = math.sqrt(rank) if settings.get(f"{layer[0]}.use_rslora") else rank
         scale = _trained_alpha(file, layer, settings, rank) / divisor
+    if not abs(scale) <= MAX_SCALE:
+        name = ".".join(layer)
+        raise CheckpointError(
+            f"{file.label}: alpha scales {name} by {scale:.2g}, more than can be merged ({MAX_SCALE:.2g}); correct the alpha"
+        )
     return Delta(FORMULAS[frozenset(factors)], factors, scale, shape, bound_of(factors))
 
 
@@ -173,4 +183,4 @@ def _trained_alpha(file: WeightFile, layer: Layer, settings: Mapping[str, Any], 
         raise CheckpointError(
             f"{file.label}: lora_adapter_metadata has {quoted(alpha)} for an alpha, which is no number"
         )
-    return float(alpha)
+    return float(alpha) if abs(alpha) <= sys.float_info.max else math.inf

@@ -14,19 +14,25 @@ from fastsd.errors import CheckpointError
 
 KEY = "sd-ti-embedding"
 _TENSOR = "TORCHTENSOR"
+_MAX_PIXELS = 4096 * 4096
 
 
 def read_embedding_image(path: Path, label: str) -> dict[str, Any]:
-    """What the web UI's `.pt` of the same embedding holds. The picture itself is not decoded.
+    """What the web UI's `.pt` of the same embedding holds. The picture is decoded only to find a chunk that lies behind it.
 
-    Raises CheckpointError if the file is damaged or has no such chunk. (The web UI hides a second copy in the pixels, for
-    pictures that lost their text; that one is not read.)
+    Raises CheckpointError if the file is damaged, is larger than 16.8 million pixels, or has no such chunk. (The web UI hides a
+    second copy in the pixels, for pictures that lost their text; that one is not read.)
     """
     try:
         with Image.open(path, formats=("PNG",)) as image:
-            text = image.text.get(KEY) if isinstance(image, PngImageFile) else None
+            width, height = image.size
+            text = image.info.get(KEY)
+            if text is None and width * height <= _MAX_PIXELS and isinstance(image, PngImageFile):
+                text = image.text.get(KEY)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise CheckpointError(f"{label}: cannot be read as a PNG; it is damaged, or something else") from error
+    if width * height > _MAX_PIXELS:
+        raise CheckpointError(f"{label}: {width}x{height} pixels; more than {_MAX_PIXELS} are no embedding's")
     if not isinstance(text, str):
         raise CheckpointError(f"{label}: a picture that holds no embedding (no text chunk {KEY})")
     try:

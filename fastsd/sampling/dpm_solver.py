@@ -10,7 +10,7 @@ import numpy as np
 
 from fastsd.sampling.euler import assemble_sigmas, denoised_and_eps
 from fastsd.sampling.schedule import NoiseSchedule, Vector
-from fastsd.sampling.spacing import Walk, final_sigma, sigma_stops, solver_stops
+from fastsd.sampling.spacing import Walk, final_sigma, require_falling, sigma_stops, solver_stops
 from fastsd.sampling.table import Table, assemble, basis
 
 FEW_STEPS = 15  # below this many, lower_order_final applies
@@ -95,6 +95,8 @@ def _third_order_step(x: Vector, images: tuple[Vector, Vector, Vector], z: Vecto
 
 
 def _second_order(name: str, noise: NoiseSchedule, walk: Walk, stochastic: bool, integrated: bool = False) -> Table:
+    if stochastic:
+        require_falling(solver_stops, noise, walk)
     timesteps, start_sigmas = (stops[walk.begin :] for stops in solver_stops(noise, walk))
     sigmas = np.append(start_sigmas, min(final_sigma(noise), start_sigmas[-1]))
     (x, previous_x0), out, z = basis(2)
@@ -109,7 +111,7 @@ def _second_order(name: str, noise: NoiseSchedule, walk: Walk, stochastic: bool,
         kept, up = (shrink**2, sigma_next * math.sqrt(1 - shrink**2)) if stochastic else (shrink, 0.0)
         image = x0
         # A step of length 0 (rounding makes one at T steps) leaves no slope to the step after it.
-        if i > 0 and sigmas[i - 1] > sigma and not (i == n - 1 and _ends_first_order(noise, walk.begin + n)):
+        if i > 0 and sigmas[i - 1] != sigma and not (i == n - 1 and _ends_first_order(noise, walk.begin + n)):
             image = midpoint_image(x0, previous_x0, sigmas[i - 1], sigma, sigma_next)
             if integrated and shrink < 1:  # ∫ 2u e^{-2(h-u)} du / ∫ 2 e^{-2(h-u)} du, where the midpoint has h / 2
                 image = x0 + (image - x0) * (2 / (1 - kept) + 1 / math.log(shrink))

@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 
 from fastsd.sampling.schedule import NoiseSchedule, Vector
-from fastsd.sampling.spacing import Walk, final_sigma, initial_scale, sigma_stops
+from fastsd.sampling.spacing import Walk, final_sigma, initial_scale, require_falling, sigma_stops
 from fastsd.sampling.table import Table, assemble, basis
 
 GAUSS_NODES = np.array([-1.0, 1.0]) / math.sqrt(3)  # with weights 1 they integrate cubics over [-1, 1] exactly
@@ -25,6 +25,7 @@ def euler(noise: NoiseSchedule, walk: Walk) -> Table:
 
 def euler_ancestral(noise: NoiseSchedule, walk: Walk) -> Table:
     """k-diffusion's sample_euler_ancestral: an Euler step to below the next noise level, then fresh noise up to it."""
+    require_falling(sigma_stops, noise, walk)
     return _table("euler_ancestral", noise, walk, _ancestral_step, 0.0)
 
 
@@ -46,8 +47,11 @@ def lms(noise: NoiseSchedule, walk: Walk) -> Table:
 
 
 def ancestral_levels(sigma: float, sigma_next: float) -> tuple[float, float]:
-    """(σ_down, σ_up): where an ancestral step goes, and the noise that then takes it up to σ_next, as in DDPM."""
-    return sigma_next**2 / sigma, sigma_next / sigma * math.sqrt(sigma**2 - sigma_next**2)
+    """(σ_down, σ_up): where an ancestral step goes, and the noise that then takes it up to σ_next, as in DDPM.
+
+    Of steps to a higher level, which only a part of a walk that is not taken may have, σ_up is 0.
+    """
+    return sigma_next**2 / sigma, sigma_next / sigma * math.sqrt(max(sigma**2 - sigma_next**2, 0.0))
 
 
 def denoised_and_eps(noise: NoiseSchedule, x: Vector, out: Vector, sigma: float) -> tuple[Vector, Vector]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -37,6 +37,9 @@ class Walk:
     begin: int = 0
     timesteps: Vector | None = None
     sigmas: Vector | None = None
+
+
+Stops = Callable[[NoiseSchedule, Walk], tuple[Vector, Vector]]  # `sigma_stops` or `solver_stops`
 
 
 def spaced_timesteps(noise: NoiseSchedule, steps: int, default: str) -> Vector:
@@ -116,6 +119,29 @@ def solver_stops(noise: NoiseSchedule, walk: Walk) -> tuple[Vector, Vector]:
     chosen = walk.timesteps
     timesteps = spaced_timesteps_above_zero(noise, walk.steps, default="linspace") if chosen is None else chosen
     return timesteps, sigmas_at(noise, timesteps)
+
+
+def require_falling(stops: Stops, noise: NoiseSchedule, walk: Walk) -> None:
+    """ParameterError for a walk whose noise level rises, as fresh noise leads only down; stops: those of the sampler.
+
+    At zero terminal SNR the first level, 4096, may lie below those of the timesteps next to it; diffusers then gives NaN.
+    """
+
+    def falls(walk: Walk) -> bool:
+        return not np.any(np.diff(stops(noise, walk)[1][walk.begin :]) > 0)
+
+    if falls(walk):
+        return
+    rises = f"the noise level rises after the first step's, {noise.sigmas[-1]:g}, which stands for zero terminal SNR"
+    if walk.schedule == "custom":
+        raise ParameterError(f"timesteps: {rises}; begin with the second")
+    simple = walk.schedule == "simple"
+    fewer = (
+        replace(walk, steps=steps, timesteps=simple_timesteps(noise, steps) if simple else None)
+        for steps in range(walk.steps - 1, 0, -1)
+    )
+    most = next(other.steps for other in fewer if falls(other))
+    raise ParameterError(f"num_inference_steps: in {walk.steps} steps {rises}; take at most {most}")
 
 
 def final_sigma(noise: NoiseSchedule) -> float:

@@ -27,7 +27,7 @@ def unipc(noise: NoiseSchedule, walk: Walk) -> Table:
         alpha_bar, alpha_bar_next = 1 / (sigmas[i] ** 2 + 1), 1 / (sigmas[i + 1] ** 2 + 1)
         x0, _ = noise.x0_and_eps(x, out, alpha_bar)
         y = x / math.sqrt(alpha_bar)
-        if i > 0 and sigmas[i - 1] > sigmas[i]:
+        if i > 0 and sigmas[i - 1] != sigmas[i]:
             y = _corrected(old_y, (x0, x0_1, x0_2), sigmas[i - order : i + 1])
         order = 2 if _has_slope(sigmas, i) and not (i == n - 1 and noise.lower_order_final is not False) else 1
         image = midpoint_image(x0, x0_1, *sigmas[i - 1 : i + 2]) if order == 2 else x0
@@ -74,7 +74,7 @@ def _stops(noise: NoiseSchedule, walk: Walk, ends_at_zero: bool) -> tuple[Vector
 def _has_slope(sigmas: Vector, i: int) -> bool:
     """Whether step i can be of second order: there was a step before it, not of length 0 (rounding makes one at T steps),
     and it does not go to σ = 0."""
-    return i > 0 and sigmas[i - 1] > sigmas[i] and sigmas[i + 1] > 0
+    return i > 0 and sigmas[i - 1] != sigmas[i] and sigmas[i + 1] > 0
 
 
 def _corrected(y: Vector, images: tuple[Vector, Vector, Vector], sigmas: Vector) -> Vector:

@@ -3,6 +3,8 @@
 import base64
 import hashlib
 import json
+import struct
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 from torch import Tensor
 
 import fastsd
@@ -86,6 +88,13 @@ FAULTS: dict[str, tuple[Callable[[State], State], str]] = {
     ),
     "a vector": (setting("lora_up.weight", lambda t: t[:, 0]), r"\[64\] of float32; a factor is a matrix"),
     "integers": (setting("lora_up.weight", lambda t: t.to(torch.int8)), "int8; a factor is a matrix of floats"),
+    **{
+        f"alpha of {alpha:g}": (
+            setting("alpha", lambda _, alpha=alpha: torch.tensor(alpha, dtype=torch.float64)),
+            r"alpha scales unet\.mid_block\..*\.to_q by .*, more than can be merged \(3\.4e\+35\)",
+        )
+        for alpha in (1e300, -1e300, 7e35)
+    },
     "alpha of a layer's size": (setting("alpha", lambda _: ones(64)), "must be one number"),
     "unknown layer": (
         adding(lora_unet_down_blocks_9_conv1__alpha=ones(())),
@@ -270,6 +279,9 @@ def test_which_file_of_a_folder(pipe: fastsd.Pipeline, good: State, tmp_path: Pa
         ("{", "not valid JSON"),
         (json.dumps({"unet.lora_alpha": "8"}), "no number"),
         ('{"unet.lora_alpha": NaN}', "JSON"),
+        ('{"unet.lora_alpha": 1e300}', r"alpha scales unet\.mid_block\..*\.to_q by 1e\+300"),
+        ('{"unet.lora_alpha": 1%s}' % ("0" * 400), "by inf, more than can be merged"),
+        ('{"unet.alpha_pattern": {"to_q": -1%s}}' % ("0" * 400), "by inf, more than can be merged"),
     ],
 )
 def test_settings_in_the_header(pipe: fastsd.Pipeline, tmp_path: Path, settings: str, reason: str) -> None:
@@ -393,6 +405,18 @@ def embedding_image(path: Path, text: str | None) -> Path:
 def as_web_ui(state: dict[str, Any]) -> str:
     rows = {key: {"TORCHTENSOR": tensor.tolist()} for key, tensor in state["string_to_param"].items()}
     return base64.b64encode(json.dumps(state | {"string_to_param": rows}).encode()).decode()
+
+
+def test_a_picture_is_not_decoded_for_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = embedding_image(tmp_path / "a.png", as_web_ui(A1111)), embedding_image(tmp_path / "b.png", None)
+    content = bytearray(large.read_bytes())
+    content[16:24] = struct.pack(">II", 13000, 13000)
+    content[29:33] = struct.pack(">I", zlib.crc32(bytes(content[12:29])))
+    large.write_bytes(content)
+    monkeypatch.setattr(PngImageFile, "load", lambda *_: pytest.fail("the picture is decoded"))
+    assert torch.equal(read_embedding(small).vectors, VECTORS)
+    with pytest.warns(Image.DecompressionBombWarning), pytest.raises(CheckpointError, match="13000x13000 pixels"):
+        read_embedding(large)
 
 
 def test_an_embedding_in_a_picture(tmp_path: Path) -> None:

@@ -298,6 +298,37 @@ def test_zero_terminal_snr_is_for_those_whose_twin_takes_it():
                 make_table(noise, 8, sampler)
 
 
+@pytest.mark.parametrize(
+    ("sampler", "schedule", "spacing", "most"),
+    [
+        *((sampler, None, "trailing", 285) for sampler in ("dpmpp_2m_sde", "dpmpp_2m_sde_heun", "euler_ancestral")),
+        ("dpmpp_2m_sde", None, "linspace", 285),
+        ("euler_ancestral", None, "linspace", 265),
+        ("dpmpp_2m_sde", None, "leading", 998),
+        ("euler_ancestral", None, "leading", 999),
+        ("dpmpp_2m_sde", "simple", "leading", 250),
+        ("euler_ancestral", "sgm_uniform", "leading", 285),
+    ],
+)
+def test_samplers_that_add_noise_do_not_go_up(sampler, schedule, spacing, most):
+    """With DDPM's linear betas, rescaled, timestep 998 has σ = 15406 where 4096 stands for the last one's infinity."""
+    config = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": spacing}
+    noise = NoiseSchedule.from_config(config)
+    with pytest.raises(ParameterError, match=rf"^num_inference_steps: in {most + 1} .* 4096, .*; take at most {most}$"):
+        make_table(noise, most + 1, sampler, schedule)
+    table = make_table(noise, most, sampler, schedule)
+    assert np.all(np.diff(table.noise_spans(noise)[:, 0]) <= 0)
+    part = make_table(noise, most + 1, sampler, schedule, strength=0.9)
+    assert np.all(np.isfinite(part.update)), "the level that is too low is not walked from"
+
+
+def test_timesteps_of_the_callers_that_go_up():
+    noise = NoiseSchedule.from_config({"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"})
+    with pytest.raises(ParameterError, match=r"^timesteps: the noise level rises .*; begin with the second$"):
+        make_table(noise, 0, "dpmpp_2m_sde", timesteps=[999, 998, 500])
+    assert np.all(np.isfinite(make_table(noise, 0, "dpmpp_2m_sde", timesteps=[998, 500]).update))
+
+
 def test_zero_terminal_snr_says_nothing_to_epsilon_at_its_end():
     """diffusers divides by 0."""
     config = {**SD15, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}

@@ -260,6 +260,18 @@ def test_zero_terminal_snr_equals_diffusers(sampler, config, monkeypatch):
         assert_same(table, scheduler, monkeypatch, SAMPLER_FP64_LCM if sampler == "lcm" else SAMPLER_FP64)
 
 
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "unipc"])
+def test_a_level_that_rises_equals_diffusers(sampler, monkeypatch):
+    """Without fresh noise a step may lead up, from zero terminal SNR's 4096 to what the timesteps next to it have."""
+    config = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+    config["beta_end"] = 0.04
+    compute_in_float64(sampler, monkeypatch)
+    scheduler = twin(sampler, config)
+    scheduler.set_timesteps(60)
+    assert scheduler.sigmas[1] > scheduler.sigmas[0]
+    assert_same(make_table(NoiseSchedule.from_config(config), 60, sampler), scheduler, monkeypatch, SAMPLER_FP64)
+
+
 @pytest.mark.parametrize("steps", [61, 103])
 def test_trailing_spacing_has_no_step_too_many(steps):
     """diffusers' arange overshoots at 62 of 1000 step counts and ends on timestep -1; the others are the same."""
