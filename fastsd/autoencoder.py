@@ -67,7 +67,7 @@ class Autoencoder(FirstStage):
             text_or_none(name, value)
         chosen = select_device(device)
         chosen_dtype = select_dtype(dtype, chosen)
-        ops = backend if isinstance(backend, Ops) else select_ops(backend, chosen)
+        ops = select_ops(backend, chosen)
         given = None if original_config is None else read_original_config(original_config)
         path = resolve_autoencoder(
             model,

@@ -19,11 +19,13 @@ from fastsd.ops import REFERENCE, Ops, StepRow
 BACKENDS = ("auto", "triton", "onednn", "reference")
 
 
-def select_ops(backend: str, device: torch.device) -> Ops:
-    """The ops of a backend. "auto": the fastest that is proven for the device.
+def select_ops(backend: str | Ops, device: torch.device) -> Ops:
+    """The ops of a backend. "auto": the fastest that is proven for the device. Ops are their own.
 
     ParameterError for one that is unknown, or that this machine cannot run.
     """
+    if isinstance(backend, Ops):
+        return backend
     choice("backend", backend, BACKENDS)
     packed = device.type == "cpu" and onednn.available()
     if backend == "triton" and not runs_triton(device):

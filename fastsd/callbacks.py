@@ -59,6 +59,10 @@ class Denoised:
         self.prediction_type = schedule.prediction_type
         levels = walk.table.noise_levels(schedule)[:-1]
         self.shares = levels / np.linalg.norm(levels, axis=1, keepdims=True)  # [n, 2]: (sqrt(ᾱ), sqrt(1 − ᾱ))
+        # On the device at once: a copy at each step would have the host wait for the GPU.
+        self.update, self.model_input = (
+            torch.from_numpy(rows).to(walk.latents) for rows in (walk.table.update, walk.table.model_input)
+        )
         self.state = walk.latents.new_zeros(walk.table.state_size, *walk.latents.shape)
         self.state[0] = walk.latents * walk.table.initial_scale
 
@@ -67,9 +71,10 @@ class Denoised:
         slots = self.table.state_size
         update = self.table.update[step]
         slot = int(abs(update[:, slots]).argmax())  # where the output shows best
-        *old, of_output, of_noise = update[slot].tolist()
-        output = (state[slot] - _sum(old, self.state) - of_noise * noise) / of_output
-        x = _sum(self.table.model_input[step].tolist(), self.state)  # what the UNet saw
+        of_output, of_noise = update[slot, slots:].tolist()
+        old = torch.tensordot(self.update[step, slot, :slots], self.state, 1)
+        output = (state[slot] - old - of_noise * noise) / of_output
+        x = torch.tensordot(self.model_input[step], self.state, 1)  # what the UNet saw
         signal, rest = self.shares[step].tolist()
         if self.prediction_type == "epsilon":
             estimate = (x - rest * output) / signal
@@ -82,7 +87,3 @@ class Denoised:
     def go_on(self, state: Tensor) -> None:
         """The next step begins with this state."""
         self.state.copy_(state[: len(self.state)])
-
-
-def _sum(weights: list[float], state: Tensor) -> Tensor:
-    return torch.tensordot(state.new_tensor(weights), state, 1)

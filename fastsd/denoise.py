@@ -175,7 +175,6 @@ def _alike(walk: Walk) -> Hashable:
 def _key(span: Span) -> tuple[object, ...]:
     """What a captured step is made for."""
     walk = span.walks[0]
-    rescales, keeps = any(w.rescale > 0 for w in span.walks), any(w.kept is not None for w in span.walks)
     shape = (span.batch, *walk.latents.shape[1:])
     inpaints = walk.condition is not None
-    return ("step", shape, walk.copies, walk.keys[0][0].shape[1], rescales, keeps, inpaints, walk.wrap)
+    return ("step", shape, walk.copies, walk.keys[0][0].shape[1], span.rescales, span.keeps, inpaints, walk.wrap)

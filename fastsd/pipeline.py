@@ -94,7 +94,7 @@ class Pipeline(Previews):
             text_or_none(name, value)
         chosen = select_device(device)
         chosen_dtype = select_dtype(dtype, chosen)
-        ops = backend if isinstance(backend, Ops) else select_ops(backend, chosen)
+        ops = select_ops(backend, chosen)
         source = open_model(
             model,
             revision=revision,

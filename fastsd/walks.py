@@ -83,6 +83,14 @@ class Span(NamedTuple):
         return [slice(end - len(walk.latents), end) for walk, end in zip(self.walks, ends, strict=True)]
 
     @property
+    def rescales(self) -> bool:
+        return any(walk.rescale > 0 for walk in self.walks)
+
+    @property
+    def keeps(self) -> bool:
+        return any(walk.kept is not None for walk in self.walks)
+
+    @property
     def rows(self) -> int:
         """Time projections that are needed: walks of the same schedule share them."""
         return len({id(walk.time_bias) for walk in self.walks}) * (self.end - self.begin)
@@ -128,9 +136,6 @@ class Buffers:
         def like(x: Tensor) -> Tensor:
             return zeros(span.copies * batch, *x.shape[1:], dtype=x.dtype)
 
-        rescales, keeps = (
-            any(of) for of in zip(*((w.rescale > 0, w.kept is not None) for w in span.walks), strict=True)
-        )
         return cls(
             state=zeros(SLOTS, batch, *latents),
             noise=zeros(batch, *latents),
@@ -140,12 +145,12 @@ class Buffers:
             model_input=zeros(rows, batch, SLOTS),
             update=zeros(rows, batch, SLOTS, SLOTS + 2),
             guidance=zeros(batch),
-            rescale=zeros(batch) if rescales else None,
+            rescale=zeros(batch) if span.rescales else None,
             counter=zeros(2 + batch, dtype=torch.int32),
             kept=Kept(
                 zeros(batch, *latents[:2], 1), zeros(batch, *latents), zeros(batch, *latents), zeros(rows + 1, batch, 2)
             )
-            if keeps
+            if span.keeps
             else None,
             condition=None if walk.condition is None else like(walk.condition.to(time_bias.dtype)),
         )
