@@ -160,6 +160,10 @@ class FirstStage:
             raise NumericsError(f"vae: {method} gives non-finite values; the input or the checkpoint is damaged")
         return result
 
+    def _larger_than_a_tile(self, side: int) -> bool:
+        """Whether a picture whose longer side has so many pixels is one that the VAE may be given in tiles."""
+        return side > self.tile * self.vae.config.downscale
+
     def _within_memory(
         self,
         vae: VAE | VQ,
@@ -170,8 +174,8 @@ class FirstStage:
         wrap: Wrap,
     ) -> Tensor:
         batch = len(inputs[0])
-        side = self.tile * (vae.config.downscale if method == "encode" else 1)
-        large = max(inputs[0].shape[1:3]) > side
+        unit = 1 if method == "encode" else vae.config.downscale
+        large = self._larger_than_a_tile(max(inputs[0].shape[1:3]) * unit)
         whole, in_tiles = getattr(seamless(vae, wrap), method), getattr(tiled(vae, self.tile, wrap), method)
         try:
             if large and tiling:

@@ -334,7 +334,7 @@ class Pipeline(Previews):
         tell(job.notes + job.degraded)
         if job.drawn is None:
             return present(job.error)
-        large = max(map(max, job.sizes)) > self.tile * self.config.vae.downscale
+        large = self._larger_than_a_tile(max(map(max, job.sizes)))
         tiles = bool(job.request.vae_tiling and large) or any(told.startswith("vae: tiled") for told in job.degraded)
         made_with = MadeWith(self._model_file, self._vae_file, job.loras, job.words, tiles)
         texts = describe(job.request, job.source, job.hires, job.tables[0], made_with)
