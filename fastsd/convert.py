@@ -6,22 +6,18 @@ beyond a model (moving averages, the buffers of training, OpenCLIP's last layer)
 
 import json
 import os
-import secrets
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fastsd.checkpoints import ldm_keys
 from fastsd.checkpoints.file_bytes import read_capped
 from fastsd.checkpoints.file_parts import CONFIG_KEY, CONFIGS, TOKENIZER_FILES, VOCABULARY_FILES
-from fastsd.checkpoints.folder import CONFIG_FILES, ModelFolder
+from fastsd.checkpoints.folder import ModelFolder
+from fastsd.checkpoints.folder_writer import own, write_folder, written
 from fastsd.checkpoints.opening import open_model
 from fastsd.checkpoints.single_file import CLIP_VOCABULARY, SingleFile
 from fastsd.checkpoints.strict_json import read_json
@@ -31,15 +27,10 @@ from fastsd.errors import CheckpointError, ParameterError
 from fastsd.models.clip import CLIPText
 from fastsd.models.unet import UNet
 from fastsd.models.vq import autoencoder
-from fastsd.wording import quoted, shown
+from fastsd.wording import quoted
 
 SUFFIX = ".safetensors"
 _MAX_TOKENIZER_BYTES = 4 * 2**20  # a header of 16 MB must hold it, and each quote doubly escaped
-_WEIGHTS = {
-    "unet": "diffusion_pytorch_model.safetensors",
-    "vae": "diffusion_pytorch_model.safetensors",
-    "text_encoder": "model.safetensors",
-}
 
 
 def convert(source: str | Path, target: str | Path, *, force: bool = False, **options: Any) -> Path:
@@ -65,7 +56,7 @@ def convert(source: str | Path, target: str | Path, *, force: bool = False, **op
             "vae": autoencoder(config.vae),
             "text_encoder": CLIPText(config.text_encoder),
         }
-    with _written(target) as temporary:
+    with written(target) as temporary:
         if isinstance(model, ModelFolder):
             _write_file(model, config, nets, temporary)
         else:
@@ -93,50 +84,10 @@ def _check_target(target: Path, to_file: bool, force: bool) -> None:
             raise ParameterError(f"target: {name} is no {kind}, and is not replaced; choose another name")
 
 
-@contextmanager
-def _written(target: Path) -> Iterator[Path]:
-    """A name beside `target` to write to, given that name at the end; nothing is left behind by an error."""
-    temporary = target.parent / f".fastsd-{secrets.token_hex(8)}.tmp"
-    old = temporary.with_suffix(".old")
-    try:
-        yield temporary
-        for path in [temporary, *temporary.rglob("*")]:
-            if path.is_file():
-                _sync(path)
-        if target.is_dir():  # one folder cannot be renamed over another
-            target.rename(old)
-        temporary.replace(target)
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise CheckpointError(f"{shown(str(target), 300)}: cannot be written: {shown(reason)}") from error
-    finally:  # a Ctrl-C passes here as well
-        if old.exists() and not target.exists():
-            old.rename(target)
-        for path in (temporary, old):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """A network disk may say only here that it is full."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
 def _state(model: ModelFolder | SingleFile, component: str, net: nn.Module) -> dict[str, Tensor]:
     """The component's tensors under the net's names, each in memory of its own."""
     tensors = read_state(component, model.weight_files(component), net)
-    return {name: _own(tensor) for name, tensor, _ in tensors}
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """Contiguous, and not a view of anything larger: what safetensors writes."""
-    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+    return {name: own(tensor) for name, tensor, _ in tensors}
 
 
 def _write_file(model: ModelFolder, config: ModelConfig, nets: dict[str, nn.Module], path: Path) -> None:
@@ -181,36 +132,6 @@ def _same(name: str, folder: Path) -> bool:
 
 
 def _write_folder(model: SingleFile, nets: dict[str, nn.Module], path: Path) -> None:
-    for component, net in nets.items():
-        (path / component).mkdir(parents=True)
-        prefix = "text_model." if component == "text_encoder" else ""  # readable by any transformers
-        state = {prefix + name: tensor for name, tensor in _state(model, component, net).items()}
-        safetensors.torch.save_file(state, path / component / _WEIGHTS[component], {"format": "pt"})
-    (path / "scheduler").mkdir()
-    for name in CONFIGS:
-        _write_json(path / CONFIG_FILES[name], getattr(model, name))
-    (path / "tokenizer").mkdir()
-    for name in TOKENIZER_FILES:
-        if (model.tokenizer / name).is_file():
-            shutil.copyfile(model.tokenizer / name, path / "tokenizer" / name)
-    _write_json(path / "model_index.json", _model_index(model))
-
-
-def _model_index(model: SingleFile) -> dict[str, Any]:
-    inpainting = model.unet["in_channels"] == 9
-    return {
-        "_class_name": "StableDiffusionInpaintPipeline" if inpainting else "StableDiffusionPipeline",
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", model.scheduler.get("_class_name", "DDIMScheduler")],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", model.vae.get("_class_name", "AutoencoderKL")],
-    }
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    states = ((component, _state(model, component, net)) for component, net in nets.items())  # one in memory at a time
+    configs: dict[str, dict[str, Any]] = {name: getattr(model, name) for name in CONFIGS}
+    write_folder(path, configs, states, model.tokenizer)
