@@ -7,11 +7,16 @@ OUT ?= image.png
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: image test test-all test-gpu support lint format clean
+.PHONY: image bundled-model test test-all test-gpu support lint format clean
 
 image: $(VENV)/.installed ## draw PROMPT into OUT with the bundled model, at the guidance it draws best
 	@$(BIN)/fastsd generate --cfg-scale 4 -p "$$FASTSD_PROMPT" -o "$(OUT)"
 image: export FASTSD_PROMPT := $(PROMPT)
+
+BUNDLED := build/shapes-128
+bundled-model: $(VENV)/.installed-train ## train the model that comes with fastsd; goes on where it stopped; STEPS=n: n steps more
+	$(BIN)/fastsd train --config fastsd/training/recipes/shapes-128.toml --output $(BUNDLED) $(if $(STEPS),--stop-after $(STEPS))
+	@if [ -d $(BUNDLED)/model ]; then cp -r $(BUNDLED)/model/. fastsd/assets/shapes-128/; fi
 
 test: $(VENV)/.installed-test ## every test that is not slow
 	$(BIN)/python -m pytest -n auto -m "not slow and not gpu"
@@ -48,6 +53,10 @@ $(VENV)/.installed: $(VENV)/bin/python setup.py
 	@echo "fastsd: installing $(TORCH) and fastsd's other needs into $(VENV), once; this takes a minute or two"
 	@$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
 	@$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.installed-train: $(VENV)/.installed
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e ".[train]"
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

@@ -20,7 +20,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE", "fastsd/assets/clip-vocabulary/LICENSE"],
     packages=find_packages(include=["fastsd", "fastsd.*"]),
-    package_data={"fastsd": ["assets/**/*", "kernels/configs/*", "py.typed"]},
+    package_data={"fastsd": ["assets/**/*", "kernels/configs/*", "training/recipes/*", "py.typed"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.10",
@@ -46,7 +46,8 @@ setup(
             "scipy>=1.13",
             "torchsde>=0.2.6",
         ],
-        "bench": ["matplotlib>=3.9"],
+        "train": ["matplotlib>=3.9"],
+        "bench": ["matplotlib>=3.9", "scipy>=1.13"],
         "lint": ["ruff==0.17.6", "mypy==2.4.1"],
     },
     entry_points={"console_scripts": ["fastsd = fastsd.cli:main"]},

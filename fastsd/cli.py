@@ -262,3 +262,4 @@ def load_pipeline(model: str | None, **options: Any) -> "Pipeline":
 
 
 from fastsd import cli_tools as cli_tools  # noqa: E402 -- the other commands, listed after these
+from fastsd import cli_train as cli_train  # noqa: E402

@@ -20,6 +20,9 @@ from fastsd.config import UNetConfig
 Layer = tuple[str, str]
 """(component, module), as in ("unet", "conv_in")."""
 
+KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
+"""What kohya's names begin with; the dots of the layer's name become underscores."""
+
 _LORA = re.compile(r"(.+?)[._]lora(?:_linear_layer)?[._](down|up|mid|A|B)(?:\.\w+)?\.weight")
 _OTHER = re.compile(
     r"(.+)\.(alpha|dora_scale|lora_magnitude_vector|hada_[wt][12](?:_[ab])?|lokr_[wt][12](?:_[ab])?)(\..+)?"
@@ -64,13 +67,13 @@ def _unet_names(name: str, ldm: str | None) -> Iterator[str]:
     yield f"base_model.model.{name}"
     for original in (name, ldm):
         if original:
-            yield "lora_unet_" + original.replace(".", "_")
+            yield KOHYA["unet"] + original.replace(".", "_")
     for dotted in (name, _UNET_PROCESSOR.sub(r"\1.processor.\2", name)):
         yield from (dotted, f"unet.{dotted}")
 
 
 def _text_names(name: str) -> Iterator[str]:
-    yield "lora_te_text_model_" + name.replace(".", "_")
+    yield KOHYA["text_encoder"] + name.replace(".", "_")
     for dotted in (name, _TEXT_PROJECTION.sub(r"\1.to_\2", name)):
         for prefix in ("text_model.", "text_encoder.text_model.", "text_encoder.", "base_model.model.text_model."):
             yield prefix + dotted

@@ -1,0 +1,300 @@
+"""A recipe from its first stage to the model: each stage begins from the folder that the one before has written.
+
+OUTPUT/start/          the model that it begins from, if it begins from nothing
+OUTPUT/<stage>/        checkpoint.pt, losses.jsonl, losses.png, samples/, and at the end model/ or lora.safetensors
+OUTPUT/model/          the last stage's model, in the recipe's dtype
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastsd.device import select_device
+from fastsd.errors import ParameterError
+from fastsd.training import parallel, report
+from fastsd.training.autoencoder import AutoencoderTask, Pictures, as_tensor, fix_posterior
+from fastsd.training.claims import Captions, ClaimsTask, Slots
+from fastsd.training.data import Dataset, Source
+from fastsd.training.diffusion import CaptionedLatents, DiffusionTask
+from fastsd.training.folder_data import PictureFolder
+from fastsd.training.loop import Task, fit
+from fastsd.training.lora import add_lora, save_lora
+from fastsd.training.model import Model, load_model, new_model
+from fastsd.training.recipe import (
+    AutoencoderStage,
+    DiffusionStage,
+    LoraStage,
+    ModelOptions,
+    Recipe,
+    Stage,
+    TextStage,
+)
+from fastsd.training.shapes import Shapes
+
+LORA = "lora.safetensors"
+ENCODED_AT_ONCE = 16
+
+
+def train(recipe: Recipe, stop_after: int | None = None, dataset: Dataset | None = None) -> bool:
+    """Run the recipe, or go on with it, and write its results to its output folder.
+
+    stop_after: end after that many steps of the stage at hand, with a checkpoint to go on from. dataset: instead of the recipe's.
+    Returns whether all is done.
+    Raises ParameterError, CheckpointError, NumericsError.
+    """
+    dataset = open_dataset(recipe) if dataset is None else dataset
+    output = Path(recipe.output)
+    output.mkdir(parents=True, exist_ok=True)
+    source = recipe.base
+    if recipe.model is not None:
+        source = str(_start(recipe, recipe.model, dataset, output))
+    assert source is not None
+    for stage in recipe.stages:
+        folder = output / stage.name
+        result = folder / (LORA if isinstance(stage, LoraStage) else "model")
+        _check_same(folder, recipe, stage, source)
+        if not result.exists():
+            parallel.launch(run_stage, recipe.processes, recipe.threads, recipe, stage, source, dataset, stop_after)
+            if not result.exists():
+                return False
+        source = str(result)
+    if not isinstance(recipe.stages[-1], LoraStage):  # always: what lies there may be of a recipe with fewer stages
+        load_model(source, torch.device("cpu")).save(output / "model", getattr(torch, recipe.dtype))
+    return True
+
+
+def _start(recipe: Recipe, options: ModelOptions, dataset: Dataset, output: Path) -> Path:
+    """The model with initial weights, written once. ParameterError if it was written for another config."""
+    start, path = output / "start", output / "start.json"
+    begun = {"model": asdict(options), "data": asdict(recipe.data), "seed": recipe.seed}
+    text = json.dumps(begun, indent=1)
+    if not start.exists():
+        path.write_text(text, encoding="utf-8")
+        new_model(options, dataset, recipe.seed, start)
+    elif path.exists() and path.read_text(encoding="utf-8") != text:
+        raise ParameterError("output: start/ was made for another [model], [data] or seed; choose another output")
+    return start
+
+
+def open_dataset(recipe: Recipe) -> Dataset:
+    data = recipe.data
+    if data.path is None:
+        return Shapes(data.size, data.resolution, data.seed)
+    return PictureFolder(Path(data.path), data.resolution)
+
+
+def run_stage(recipe: Recipe, stage: Stage, source: str, dataset: Dataset, stop_after: int | None) -> None:
+    """Fit one stage, in each of the processes; the first of them writes the result."""
+    device = _own_device(recipe)
+    model = load_model(source, device)
+    _check_sides(recipe, stage, model)
+    folder = Path(recipe.output) / stage.name
+    torch.manual_seed(recipe.seed)  # of what a task adds to the model
+    prepared = _PREPARE[type(stage)](Run(recipe, stage, source, folder, dataset, model))
+    first = parallel.rank() == 0
+    draw = prepared.draw if first and recipe.samples.prompts and stage.fit.sample_every else None
+    done = fit(prepared.task, prepared.data, stage.fit, folder, draw, stop_after)
+    if first:
+        report.draw_losses(folder)
+    if done and first:
+        prepared.finish()
+    parallel.wait()
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a stage works on."""
+
+    recipe: Recipe
+    stage: Stage
+    source: str
+    folder: Path
+    dataset: Dataset
+    model: Model
+
+    @property
+    def slots(self) -> Slots:
+        slots: Slots | None = getattr(self.dataset, "slots", None)
+        if slots is None:
+            raise ParameterError(
+                f"config.stages.{self.stage.name}: the data set does not say what its captions state (`slots`); text stages and "
+                "loss.claims are for those that do, as the drawings"
+            )
+        return slots
+
+    def sample(self, step: int) -> None:
+        """A grid of pictures of the model as it is."""
+        report.draw_samples(self.model, self.recipe.samples, self.folder / "samples" / f"{step:06}.png")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """task and data for `fit`; draw: at a step, a grid of pictures; finish: write the result."""
+
+    task: Task
+    data: Source
+    draw: Callable[[int], None] | None
+    finish: Callable[[], None]
+
+
+def _autoencoder(run: Run) -> Prepared:
+    stage, vae = run.stage, run.model.vae
+    assert isinstance(stage, AutoencoderStage)
+    vae.requires_grad_(True)
+    data = Pictures(run.dataset, stage.crop)
+
+    def finish() -> None:
+        if stage.loss.posterior_logvar is not None:
+            fix_posterior(vae, stage.loss.posterior_logvar)
+        if not stage.loss.freeze_encoder:
+            run.model.configs["vae"]["scaling_factor"] = _measured_scale(run)
+        run.model.save(run.folder / "model")
+
+    def draw(step: int) -> None:
+        report.draw_reconstructions(vae, run.dataset, run.folder / "samples" / f"{step:06}.png")
+
+    return Prepared(AutoencoderTask(vae, stage.loss), data, draw, finish)
+
+
+def _text(run: Run) -> Prepared:
+    stage, model = run.stage, run.model
+    assert isinstance(stage, TextStage)
+    model.text_encoder.requires_grad_(True)
+    captions = Captions(run.dataset, model.tokenizer, run.slots, stage.dropout)
+    task = ClaimsTask(model.text_encoder, run.slots)
+    return Prepared(task, captions, None, lambda: model.save(run.folder / "model"))
+
+
+def _diffusion(run: Run) -> Prepared:
+    stage, model = run.stage, run.model
+    assert isinstance(stage, DiffusionStage)
+    model.unet.requires_grad_(True)
+    model.text_encoder.requires_grad_(stage.train_text_encoder)
+    return Prepared(
+        _diffusion_task(run, stage), _latents(run, stage), run.sample, lambda: model.save(run.folder / "model")
+    )
+
+
+def _lora(run: Run) -> Prepared:
+    stage, model = run.stage, run.model
+    assert isinstance(stage, LoraStage)
+    updates = add_lora(model.unet, "unet", stage.layers, stage.rank, stage.alpha)
+    if stage.text_layers:
+        updates |= add_lora(model.text_encoder, "text_encoder", stage.text_layers, stage.rank, stage.alpha)
+    if not updates:
+        raise ParameterError(
+            f"config.stages.{stage.name}: layers and text_layers name no layer; there is nothing to train"
+        )
+    dtype = getattr(torch, run.recipe.dtype)
+
+    def draw(step: int) -> None:
+        file = run.folder / "samples" / LORA
+        file.parent.mkdir(exist_ok=True)
+        save_lora(file, updates, torch.float32)
+        report.draw_samples(run.source, run.recipe.samples, run.folder / "samples" / f"{step:06}.png", lora=file)
+        file.unlink()
+
+    task = _diffusion_task(run, stage)
+    return Prepared(task, _latents(run, stage), draw, lambda: save_lora(run.folder / LORA, updates, dtype))
+
+
+_PREPARE: dict[type[Stage], Callable[[Run], Prepared]] = {
+    AutoencoderStage: _autoencoder,
+    TextStage: _text,
+    DiffusionStage: _diffusion,
+    LoraStage: _lora,
+}
+
+
+def _diffusion_task(run: Run, stage: DiffusionStage | LoraStage) -> DiffusionTask:
+    slots = run.slots if stage.loss.claims else None
+    return DiffusionTask(run.model.unet, run.model.text_encoder, run.model.schedule, stage.loss, slots)
+
+
+def _latents(run: Run, stage: DiffusionStage | LoraStage) -> CaptionedLatents:
+    """The data set's latents, encoded once, each process its share, and kept in a file."""
+    path = run.folder / "latents.npy"
+    ranks, rank = parallel.processes(), parallel.rank()
+    if not path.exists():
+        parts = [path.with_name(f"latents-{i}.tmp.npy") for i in range(ranks)]
+        size = len(run.dataset)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(parts[rank], encode(run.model, run.dataset, range(rank * size // ranks, (rank + 1) * size // ranks)))
+        parallel.wait()
+        if rank == 0:
+            whole = path.with_name("latents.tmp.npy")
+            np.save(whole, np.concatenate([rows for rows in map(np.load, parts) if len(rows)]))
+            whole.replace(path)
+            for part in parts:
+                part.unlink()
+        parallel.wait()
+    slots = run.slots if stage.loss.claims else {}
+    captions = Captions(run.dataset, run.model.tokenizer, slots, stage.dropout)
+    latents = np.load(path, mmap_mode="r")
+    if len(latents) != len(run.dataset):
+        raise ParameterError(
+            f"data.path: holds {len(run.dataset)} pictures, but {len(latents)} when {run.folder.name}/ was begun; remove that "
+            "folder to train the stage anew"
+        )
+    return CaptionedLatents(latents, captions)
+
+
+@torch.inference_mode()
+def encode(model: Model, dataset: Dataset, indices: range) -> np.ndarray:
+    """The means of the pictures' latents, scaled as the UNet sees them. [n, h, w, C] float16."""
+    device = next(model.vae.parameters()).device
+    rows = []
+    for begin in range(0, len(indices), ENCODED_AT_ONCE):
+        pictures = [as_tensor(dataset.image(i)) for i in indices[begin : begin + ENCODED_AT_ONCE]]
+        rows.append(model.vae.encode(torch.stack(pictures).to(device)).cpu().numpy().astype(np.float16))
+    return np.concatenate(rows) if rows else np.empty((0, 0, 0, 0), np.float16)  # fewer pictures than processes
+
+
+def _measured_scale(run: Run, count: int = 512) -> float:
+    """One over the standard deviation of latents, so that they have about unit variance."""
+    latents = encode(run.model, run.dataset, range(min(count, len(run.dataset)))).astype(np.float64)
+    return round(float(run.model.vae.config.scaling_factor / latents.std()), 5)
+
+
+def _own_device(recipe: Recipe) -> torch.device:
+    device = select_device(recipe.device)
+    return torch.device("cuda", parallel.rank()) if device.type == "cuda" and recipe.processes > 1 else device
+
+
+def _check_sides(recipe: Recipe, stage: Stage, model: Model) -> None:
+    factor = model.vae.config.downscale
+    sides = {"data.resolution": recipe.data.resolution}
+    if isinstance(stage, AutoencoderStage) and stage.crop is not None:
+        sides[f"stages.{stage.name}.crop"] = stage.crop
+    for name, side in sides.items():
+        if side % factor:
+            raise ParameterError(f"config.{name}: {side} is not a multiple of {factor}, the autoencoder's factor")
+    taken, given = model.unet.config.in_channels, model.vae.config.latent_channels
+    if isinstance(stage, DiffusionStage | LoraStage) and taken != given:
+        raise ParameterError(
+            f"config.stages.{stage.name}: the UNet takes {taken} channels, but latents have {given}; fastsd trains models that "
+            "draw from text alone, not those for inpainting"
+        )
+
+
+def _check_same(folder: Path, recipe: Recipe, stage: Stage, source: str) -> None:
+    """ParameterError if the folder holds a stage that was begun with other options."""
+    fit_options = {
+        name: value
+        for name, value in asdict(stage.fit).items()
+        if name not in ("log_every", "checkpoint_every", "sample_every", "workers")  # these do not change the result
+    }
+    options = asdict(stage) | {"fit": fit_options}
+    begun = {"stage": options, "data": asdict(recipe.data), "source": Path(source).name, "processes": recipe.processes}
+    path = folder / "stage.json"
+    text = json.dumps(begun, indent=1)
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        raise ParameterError(
+            f"output: {folder.name}/ was begun with another config; remove it to train that stage anew, or choose another output"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
