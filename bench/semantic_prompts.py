@@ -1,0 +1,65 @@
+"""What `bench.semantic` asks for: sentences of the training's kind for scenes that the training never showed, in three suites."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastsd.training.data import Caption
+from fastsd.training.shape_captions import NUMBERS, PLURALS, describe
+from fastsd.training.shape_scenes import Scene, Split
+from fastsd.training.shapes import Shapes
+
+SUITES = {
+    "captions": "as the training's",
+    "reworded": "the background first, an order that the training never used",
+    "short": "colour and shape, how many, which relation: nothing else",
+}
+ORDER = ("captions", "reworded", "captions", "short", "captions")
+"""60, 20 and 20%; the first prompts of a long list are the short list."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    suite: str
+    text: str
+    stated: Mapping[str, str]
+    """What the text claims: slots of shape_captions.py → values."""
+    seed: int
+    """Of its picture."""
+
+
+def make_prompts(count: int, split: Split = "held_out", seed: int = 0) -> list[Prompt]:
+    """The same at each call. Picture i has seed + i."""
+    scenes = Shapes(split=split, seed=seed)
+    prompts = []
+    for index in range(count):
+        suite, scene = ORDER[index % len(ORDER)], scenes.scene(index)
+        rng = np.random.default_rng((seed, index))
+        caption = barest(scene, rng) if suite == "short" else describe(scene, rng, reworded=suite == "reworded")
+        prompts.append(Prompt(suite, caption.text, caption.stated, seed + index))
+    return prompts
+
+
+def barest(scene: Scene, rng: np.random.Generator) -> Caption:
+    """ "red circle", "3 blue stars", "red circle and blue star", "red circle above blue star": no article, size or place."""
+    if scene.relation is None:
+        (thing,) = scene.things
+        stated = {"count": str(scene.count), "colour": thing.colour, "shape": thing.shape}
+        if scene.count == 1:
+            return Caption(f"{thing.colour} {thing.shape}", stated)
+        number = NUMBERS[scene.count][rng.integers(len(NUMBERS[scene.count]))]
+        return Caption(f"{number} {thing.colour} {PLURALS.get(thing.shape, thing.shape + 's')}", stated)
+    first, second = scene.things
+    stated = {"colour": first.colour, "shape": first.shape, "colour 2": second.colour, "shape 2": second.shape}
+    joint = "and"
+    if rng.random() < 0.5:
+        joint = stated["relation"] = scene.relation
+    return Caption(f"{first.colour} {first.shape} {joint} {second.colour} {second.shape}", stated)
+
+
+def digest(prompts: Sequence[Prompt]) -> str:
+    """The same for the same texts with the same seeds: 16 hex digits."""
+    lines = "\n".join(f"{prompt.seed} {prompt.text}" for prompt in prompts)
+    return hashlib.sha256(lines.encode()).hexdigest()[:16]

@@ -1,0 +1,75 @@
+"""What `bench.semantic` prints and draws of its results."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from bench import record
+from bench.semantic_judge import ALL, Verdict
+
+PRINTED = 10
+"""So many failures are printed; the JSON file has all."""
+SHOWN, COLUMNS = 64, 8
+SIDE, FRAME, LINES, LINE_HEIGHT, LETTERS = 128, 3, 5, 12, 25
+"""Of the grid: pixels of a picture and its frame; lines of text under it, their height and how many letters they hold."""
+RIGHT, WRONG, PAPER, INK = "#d0d0d0", "#e00000", "white", "black"
+
+
+def run_report(run: Mapping[str, Any]) -> str:
+    """A sampler's attributes and suites, and its first failures."""
+    head = f"{run['sampler']}, {run['steps']} steps"
+    if "failed" in run:
+        return f"{head}: FAILED {run['failed']}"
+    rows = [[head, "right", "accuracy", "95% interval"]]
+    rows += [_row(name, score) for name, score in run["attributes"].items()]
+    rows += [_row(f"{ALL}, {suite}", score) for suite, score in run["suites"].items()]
+    lines = [record.table(rows)]
+    for failure in run["failures"][:PRINTED]:
+        wrong = ", ".join(failure["wrong"])
+        lines.append(f'  "{failure["prompt"]}" (seed {failure["seed"]}): {wrong} wrong; read {failure["read"]}')
+    if len(run["failures"]) > PRINTED:
+        lines.append(f"  … {len(run['failures']) - PRINTED} more in the JSON file")
+    return "\n".join(lines)
+
+
+def samplers_report(runs: Sequence[Mapping[str, Any]], reference: Mapping[str, Any]) -> str:
+    """Of each sampler how much is all right, and the difference to the reference's in points (hundredths)."""
+    rows = [["sampler", "steps", "right", "accuracy", "95% interval", f"to {_named(reference)}"]]
+    for run in runs:
+        if "failed" in run:
+            rows.append([run["sampler"], str(run["steps"]), "FAILED", "-", "-", "-"])
+            continue
+        score = run["attributes"][ALL]
+        points = "-"
+        if "failed" not in reference:
+            points = f"{100 * (score['accuracy'] - reference['attributes'][ALL]['accuracy']):+.1f}"
+        rows.append([run["sampler"], str(run["steps"]), *_row("", score)[1:], points])
+    return record.table(rows)
+
+
+def _named(run: Mapping[str, Any]) -> str:
+    return f"{run['sampler']} at {run['steps']}"
+
+
+def _row(name: str, score: Mapping[str, Any]) -> list[str]:
+    interval = f"{score['low']:.1%} to {score['high']:.1%}"
+    return [name, f"{score['right']}/{score['number']}", f"{score['accuracy']:.1%}", interval]
+
+
+def grid(pictures: Sequence[Image.Image], verdicts: Sequence[Verdict]) -> Image.Image:
+    """The first 64 pictures, their prompts under them; those that are not all right in a red frame."""
+    shown = list(zip(pictures, verdicts, strict=True))[:SHOWN]
+    columns = min(COLUMNS, len(shown))
+    width, height = SIDE + 4 * FRAME, SIDE + 4 * FRAME + LINES * LINE_HEIGHT
+    sheet = Image.new("RGB", (columns * width, -(-len(shown) // columns) * height), PAPER)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
+    for index, (picture, verdict) in enumerate(shown):
+        x, y = index % columns * width + FRAME, index // columns * height + FRAME
+        far = SIDE + 2 * FRAME - 1
+        pen.rectangle((x, y, x + far, y + far), fill=RIGHT if verdict.right[ALL] else WRONG)
+        sheet.paste(picture.resize((SIDE, SIDE), Image.Resampling.NEAREST), (x + FRAME, y + FRAME))
+        for number, line in enumerate(textwrap.wrap(verdict.prompt.text, LETTERS)[:LINES]):
+            pen.text((x + FRAME, y + far + 2 + number * LINE_HEIGHT), line, fill=INK, font=font)
+    return sheet
