@@ -1,4 +1,4 @@
-"""What is to be seen in a picture of the procedural data set, by image analysis alone: the inverse of fastsd/training/shape_scenes.py.
+"""What is to be seen in a picture of the procedural data set, by image analysis alone: the inverse of shape_scenes.py.
 
 Regions that differ from the border's colour are objects. Each is taken for a mixture of one colour with the background, which
 gives the coverage of its pixels, blurred edges included; its shape is the one of shapes.py whose drawing, laid over it with the

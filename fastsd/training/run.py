@@ -217,20 +217,23 @@ def _diffusion_task(run: Run, stage: DiffusionStage | LoraStage) -> DiffusionTas
 
 def _latents(run: Run, stage: DiffusionStage | LoraStage) -> CaptionedLatents:
     """The data set's latents, encoded once, each process its share, and kept in a file."""
-    path = run.folder / "latents.npy"
+    path, model, dataset = run.folder / "latents.npy", run.model, run.dataset
+    temporary = path.with_name("latents.tmp.npy")
     ranks, rank = parallel.processes(), parallel.rank()
     if not path.exists():
-        parts = [path.with_name(f"latents-{i}.tmp.npy") for i in range(ranks)]
-        size = len(run.dataset)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(parts[rank], encode(run.model, run.dataset, range(rank * size // ranks, (rank + 1) * size // ranks)))
+        shape = (len(dataset), *encode(model, dataset, range(1)).shape[1:])
+        if rank == 0:
+            np.lib.format.open_memmap(temporary, "w+", np.float16, shape).flush()
+        parallel.wait()
+        latents = np.lib.format.open_memmap(temporary, "r+")
+        mine = range(rank * len(dataset) // ranks, (rank + 1) * len(dataset) // ranks)
+        for begin in range(mine.start, mine.stop, ENCODED_AT_ONCE):
+            some = range(begin, min(begin + ENCODED_AT_ONCE, mine.stop))
+            latents[some.start : some.stop] = encode(model, dataset, some)
+        latents.flush()
         parallel.wait()
         if rank == 0:
-            whole = path.with_name("latents.tmp.npy")
-            np.save(whole, np.concatenate([rows for rows in map(np.load, parts) if len(rows)]))
-            whole.replace(path)
-            for part in parts:
-                part.unlink()
+            temporary.replace(path)
         parallel.wait()
     slots = run.slots if stage.loss.claims else {}
     captions = Captions(run.dataset, run.model.tokenizer, slots, stage.dropout)
@@ -247,16 +250,15 @@ def _latents(run: Run, stage: DiffusionStage | LoraStage) -> CaptionedLatents:
 def encode(model: Model, dataset: Dataset, indices: range) -> np.ndarray:
     """The means of the pictures' latents, scaled as the UNet sees them. [n, h, w, C] float16."""
     device = next(model.vae.parameters()).device
-    rows = []
-    for begin in range(0, len(indices), ENCODED_AT_ONCE):
-        pictures = [as_tensor(dataset.image(i)) for i in indices[begin : begin + ENCODED_AT_ONCE]]
-        rows.append(model.vae.encode(torch.stack(pictures).to(device)).cpu().numpy().astype(np.float16))
-    return np.concatenate(rows) if rows else np.empty((0, 0, 0, 0), np.float16)  # fewer pictures than processes
+    pictures = torch.stack([as_tensor(dataset.image(index)) for index in indices])
+    return model.vae.encode(pictures.to(device)).cpu().numpy().astype(np.float16)
 
 
 def _measured_scale(run: Run, count: int = 512) -> float:
     """One over the standard deviation of latents, so that they have about unit variance."""
-    latents = encode(run.model, run.dataset, range(min(count, len(run.dataset)))).astype(np.float64)
+    count = min(count, len(run.dataset))
+    parts = [range(i, min(i + ENCODED_AT_ONCE, count)) for i in range(0, count, ENCODED_AT_ONCE)]
+    latents = np.concatenate([encode(run.model, run.dataset, part) for part in parts]).astype(np.float64)
     return round(float(run.model.vae.config.scaling_factor / latents.std()), 5)
 
 

@@ -1,8 +1,8 @@
 """Coloured shapes on plain backgrounds, drawn from a description.
 
-A `Scene` says what is to be seen; `draw` makes the picture, shape_captions.py the sentences, shapes.py the data set. There are nine shapes in eight
-colours, in two sizes, on four backgrounds: one object in one of nine places, two objects in one of four relations, or two or
-three equal objects. Whole pairs of a shape and a colour are held out (`HELD_OUT`): no training scene shows one.
+A `Scene` says what is to be seen; `draw` makes the picture. There are nine shapes in eight colours, in two sizes, on four
+backgrounds: one object in one of nine places, two objects in one of four relations, or two or three equal objects. Whole pairs
+of a shape and a colour are held out (`HELD_OUT`): no training scene shows one.
 """
 
 import math
