@@ -128,9 +128,11 @@ class Draws:
         """In [0, 1). [b, *shape]."""
         return self._mine(torch.rand(self._share.batch_size, *shape, generator=self._generator))
 
-    def among(self, weights: Tensor) -> Tensor:
-        """[b] indices, each with a probability in proportion to its weight [n]."""
-        return self._mine(torch.multinomial(weights, self._share.batch_size, True, generator=self._generator))
+    def spread(self, count: int) -> Tensor:
+        """[b] integers in [0, count), uniform, but those of a whole batch spread evenly: less chance in a step's loss."""
+        size = self._share.batch_size
+        places = torch.arange(size) + torch.rand(size, generator=self._generator)
+        return self._mine((places * count / size).long().clamp(max=count - 1))
 
     def _mine(self, drawn: Tensor) -> Tensor:
         return drawn[self._share.first : self._share.last].to(self._device)

@@ -63,7 +63,7 @@ class DiffusionTask(Task):
     def losses(self, batch: Batch, draws: Draws, progress: float) -> dict[str, Tensor]:
         """batch: "latents" [B, h, w, 4], "ids" [B, L]; with heads "end" and "claims" as well."""
         latents: Tensor = batch["latents"].float()
-        t = draws.among(torch.ones(len(self.signal)))
+        t = draws.spread(len(self.signal))
         noise = draws.normal(*latents.shape[1:])
         a, s = (table[t][:, None, None, None] for table in (self.signal, self.noise))
         noisy = a * latents + s * noise
