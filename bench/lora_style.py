@@ -1,7 +1,7 @@
 """`python -m bench.lora_style`: a LoRA trained for a few minutes on pictures of one style, and what it does to other prompts.
 
 The pictures are drawings whose objects are outlines instead of filled; their captions do not say so. The LoRA is trained by
-`fastsd train` on a folder of them, as a user's would be. Then prompts are drawn without it, with it, and after it is taken off,
+a config on a folder of them, as a user's would be. Then prompts are drawn without it, with it, and after it is taken off,
 which must give back the first pictures to the last bit.
 """
 
@@ -20,9 +20,9 @@ from scipy import ndimage
 import fastsd
 from bench import record
 from bench.shape_reader import CONTRAST
-from fastsd.cli_program import app
 from fastsd.errors import FastSDError
 from fastsd.pipeline import BUNDLED
+from fastsd.training import read_recipe, train
 from fastsd.training.report import grid
 from fastsd.training.shape_captions import describe
 from fastsd.training.shape_scenes import draw
@@ -107,11 +107,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         CONFIG.format(**options, **{k: getattr(args, k) for k in ("device", "processes", "threads", "steps")})
     )
     start = time.perf_counter()
-    try:
-        app(["train", "--config", str(config)])
-    except SystemExit as end:
-        if end.code:
-            raise
+    train(read_recipe(config))
     seconds = time.perf_counter() - start
 
     def pictures() -> list[Image.Image]:
