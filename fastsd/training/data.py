@@ -128,11 +128,12 @@ class Draws:
         """In [0, 1). [b, *shape]."""
         return self._mine(torch.rand(self._share.batch_size, *shape, generator=self._generator))
 
-    def spread(self, count: int) -> Tensor:
-        """[b] integers in [0, count), uniform, but those of a whole batch spread evenly: less chance in a step's loss."""
+    def spread(self, weights: Tensor) -> Tensor:
+        """[b] indices, each as probable as its weight [n] says, but spread evenly over the whole batch: less chance in a step."""
         size = self._share.batch_size
-        places = torch.arange(size) + torch.rand(size, generator=self._generator)
-        return self._mine((places * count / size).long().clamp(max=count - 1))
+        places = (torch.arange(size) + torch.rand(size, generator=self._generator, dtype=torch.float64)) / size
+        reached = weights.double().cpu().cumsum(0)
+        return self._mine(torch.searchsorted(reached / reached[-1], places, right=True).clamp(max=len(weights) - 1))
 
     def _mine(self, drawn: Tensor) -> Tensor:
         return drawn[self._share.first : self._share.last].to(self._device)

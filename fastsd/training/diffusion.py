@@ -32,6 +32,7 @@ class DiffusionLoss:
     min_snr_gamma: float | None = None  # γ of min(SNR, γ); None: off
     least_weight: float = 0.0  # of min-SNR's factor
     greatest_weight: float = 120.0  # of 1 + 1/SNR
+    noise_bias: float = 0.0  # timesteps are drawn in proportion to ᾱ^(−noise_bias): above 0, high noise more often
     claims: float = 0.0  # of the heads' loss, see claims.py
 
 
@@ -55,15 +56,17 @@ class DiffusionTask(Task):
         self.register_buffer("signal", alphas.sqrt().float(), persistent=False)
         self.register_buffer("noise", (1 - alphas).sqrt().float(), persistent=False)
         self.register_buffer("weights", timestep_weights(schedule, loss).float(), persistent=False)
+        self.register_buffer("density", alphas**-loss.noise_bias, persistent=False)
 
     signal: Tensor
     noise: Tensor
     weights: Tensor
+    density: Tensor
 
     def losses(self, batch: Batch, draws: Draws, progress: float) -> dict[str, Tensor]:
         """batch: "latents" [B, h, w, 4], "ids" [B, L]; with heads "end" and "claims" as well."""
         latents: Tensor = batch["latents"].float()
-        t = draws.spread(len(self.signal))
+        t = draws.spread(self.density)
         noise = draws.normal(*latents.shape[1:])
         a, s = (table[t][:, None, None, None] for table in (self.signal, self.noise))
         noisy = a * latents + s * noise
