@@ -4,8 +4,13 @@ On a CPU two single-threaded processes train small nets about twice as fast as o
 """
 
 import json
+import multiprocessing
+import os
 import tempfile
+import threading
+import traceback
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,11 +22,14 @@ from torch import Tensor
 
 from fastsd import errors
 
+ERROR = "error.json"
+
 
 def launch(work: Callable[..., None], processes: int, threads: int, *args: Any) -> None:
     """work(*args) in each of the processes, in this one if it is the only one. threads: of PyTorch, in each; 0: its default.
 
-    A FastSDError of any of them is raised here as itself.
+    A FastSDError of any of them is raised here as itself, any other error as a RuntimeError with its traceback. It is the first
+    that counts: the other processes fail in their turn as they lose the connection.
     """
     if processes == 1:
         if threads:
@@ -32,29 +40,40 @@ def launch(work: Callable[..., None], processes: int, threads: int, *args: Any) 
         try:
             mp.start_processes(_enter, (work, processes, threads, folder, args), processes)
         except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
-            for note in sorted(Path(folder).glob("error-*.json")):  # the others may have failed as it left them
-                kind, message = json.loads(note.read_text(encoding="utf-8"))
+            first = Path(folder) / ERROR
+            if not first.exists():
+                raise
+            kind, message, trace = json.loads(first.read_text(encoding="utf-8"))
+            if hasattr(errors, kind):
                 raise getattr(errors, kind)(message) from error
-            raise
+            raise RuntimeError(f"one of the processes failed:\n{trace}") from error
 
 
 def _enter(
     rank: int, work: Callable[..., None], processes: int, threads: int, folder: str, args: tuple[Any, ...]
 ) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads or max(1, torch.get_num_threads() // processes))
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if backend == "nccl":
-        torch.cuda.set_device(rank)
+    backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() else "gloo"
     meet = f"file://{Path(folder) / 'meet'}"
     dist.init_process_group(backend, meet, world_size=processes, rank=rank, timeout=timedelta(hours=2))
     try:
         work(*args)
-    except errors.FastSDError as error:
-        note = json.dumps([type(error).__name__, str(error)])
-        (Path(folder) / f"error-{rank}.json").write_text(note, encoding="utf-8")
+    except Exception as error:
+        note = json.dumps([type(error).__name__, str(error), traceback.format_exc()])
+        with suppress(FileExistsError), (Path(folder) / ERROR).open("x", encoding="utf-8") as file:
+            file.write(note)
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _end_with_parent() -> None:
+    """A process whose parent was killed would go on, and write to the folder that the next run writes to."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def rank() -> int:
@@ -68,7 +87,7 @@ def processes() -> int:
 def wait() -> None:
     """Until every process is here."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.all_reduce(torch.zeros(1))
 
 
 def average(tensors: Iterable[Tensor]) -> None:

@@ -28,10 +28,16 @@ def write_vocabulary(captions: Iterable[str], folder: Path, max_length: int = 77
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    words = BpeTrainer(vocab_size=20_000, min_frequency=2, end_of_word_suffix=END_OF_WORD, show_progress=False)
+    tokens = [*alphabet, *(letter + END_OF_WORD for letter in alphabet)]
+    words = BpeTrainer(
+        vocab_size=20_000,
+        min_frequency=2,
+        special_tokens=tokens,  # gives them fixed ids, by which ties are decided; the trainer's own follow a random hash
+        end_of_word_suffix=END_OF_WORD,
+        show_progress=False,
+    )
     bpe.train_from_iterator(captions, words)
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
-    tokens = [*alphabet, *(letter + END_OF_WORD for letter in alphabet)]
     tokens += [left + right for left, right in merges if left + right not in tokens] + [START, END]
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = {token: index for index, token in enumerate(tokens)}

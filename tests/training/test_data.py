@@ -72,7 +72,7 @@ def test_shares_of_a_batch_are_the_whole(processes: int) -> None:
 
 def drawn(share: Share, seed: int = 0, step: int = 0) -> list[torch.Tensor]:
     draws = Draws(seed, step, share, CPU)
-    return [draws.normal(2, 3), draws.spread(100), draws.uniform(), draws.normal()]
+    return [draws.normal(2, 3), draws.spread(torch.ones(100)), draws.uniform(), draws.normal()]
 
 
 def test_shares_of_draws_are_the_whole() -> None:
@@ -102,14 +102,14 @@ def test_draws_have_their_distributions() -> None:
     assert abs(uniform.mean() - 0.5) < 0.01
 
 
-def test_spread_draws_are_uniform_and_even() -> None:
-    """Every tenth of the range has its share of each batch, and over many batches every integer comes equally often."""
+def test_spread_draws_are_even_and_as_probable_as_their_weights() -> None:
+    """Of each batch every tenth of the chance has its share; over many batches each index comes as often as its weight says."""
     counts: Counter[int] = Counter()
     for step in range(2000):
-        drawn = Draws(0, step, Share(20, 0, 20), CPU).spread(10).tolist()
+        drawn = Draws(0, step, Share(20, 0, 20), CPU).spread(torch.ones(10)).tolist()
         assert Counter(drawn) == dict.fromkeys(range(10), 2), f"step {step}: {drawn}"
-        counts.update(Draws(0, step, Share(3, 0, 3), CPU).spread(10).tolist())
-    assert {i: n / 6000 for i, n in counts.items()} == pytest.approx(dict.fromkeys(range(10), 0.1), abs=0.015)
+        counts.update(Draws(0, step, Share(3, 0, 3), CPU).spread(torch.tensor([1.0, 0.0, 2.0, 5.0])).tolist())
+    assert {i: n / 6000 for i, n in counts.items()} == pytest.approx({0: 1 / 8, 2: 1 / 4, 3: 5 / 8}, abs=0.015)
 
 
 class Words:
