@@ -5,6 +5,7 @@ OUTPUT/<stage>/        checkpoint.pt, losses.jsonl, losses.png, samples/, and at
 OUTPUT/model/          the last stage's model, in the recipe's dtype
 """
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -53,10 +54,11 @@ def train(recipe: Recipe, stop_after: int | None = None, dataset: Dataset | None
     if recipe.model is not None:
         source = str(_start(recipe, recipe.model, dataset, output))
     assert source is not None
+    before = source if recipe.base else ""
     for stage in recipe.stages:
         folder = output / stage.name
         result = folder / (LORA if isinstance(stage, LoraStage) else "model")
-        _check_same(folder, recipe, stage, source)
+        before = _check_same(folder, recipe, stage, before)
         if not result.exists():
             parallel.launch(run_stage, recipe.processes, recipe.threads, recipe, stage, source, dataset, stop_after)
             if not result.exists():
@@ -283,15 +285,15 @@ def _check_sides(recipe: Recipe, stage: Stage, model: Model) -> None:
         )
 
 
-def _check_same(folder: Path, recipe: Recipe, stage: Stage, source: str) -> None:
-    """ParameterError if the folder holds a stage that was begun with other options."""
+def _check_same(folder: Path, recipe: Recipe, stage: Stage, before: str) -> str:
+    """ParameterError if the folder holds a stage begun with other options, or after others (digest `before`) → its digest."""
     fit_options = {
         name: value
         for name, value in asdict(stage.fit).items()
         if name not in ("log_every", "checkpoint_every", "sample_every", "workers")  # these do not change the result
     }
     options = asdict(stage) | {"fit": fit_options}
-    begun = {"stage": options, "data": asdict(recipe.data), "source": Path(source).name, "processes": recipe.processes}
+    begun = {"stage": options, "data": asdict(recipe.data), "before": before, "processes": recipe.processes}
     path = folder / "stage.json"
     text = json.dumps(begun, indent=1)
     if path.exists() and path.read_text(encoding="utf-8") != text:
@@ -300,3 +302,4 @@ def _check_same(folder: Path, recipe: Recipe, stage: Stage, source: str) -> None
         )
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
+    return hashlib.sha256(text.encode()).hexdigest()
