@@ -35,7 +35,7 @@ BACKGROUNDS: Mapping[str, Colour] = {
     "cyan": (120, 216, 224),
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart", "ring", "cross", "diamond", "moon")
-SIZES: Mapping[str, tuple[float, float]] = {"small": (0.095, 0.12), "large": (0.165, 0.19)}
+SIZES: Mapping[str, tuple[float, float]] = {"small": (0.105, 0.13), "large": (0.175, 0.195)}
 """Half of an object's longer side, as a fraction of the picture's."""
 NEAR, MIDDLE, FAR = 0.27, 0.5, 0.73
 POSITIONS: Mapping[str, Point] = {
@@ -50,7 +50,7 @@ POSITIONS: Mapping[str, Point] = {
     "bottom right": (FAR, FAR),
 }
 """Where an object's middle is, from the top left, before it is jittered by up to `JITTER` each way."""
-JITTER = 0.03
+JITTER = 0.02
 RELATIONS: Mapping[str, tuple[Point, Point]] = {
     "left of": ((NEAR, MIDDLE), (FAR, MIDDLE)),
     "right of": ((FAR, MIDDLE), (NEAR, MIDDLE)),
