@@ -150,9 +150,9 @@ def _autoencoder(run: Run) -> Prepared:
     data = Pictures(run.dataset, stage.crop)
 
     def finish() -> None:
-        if stage.loss.posterior_logvar is not None:
-            fix_posterior(vae, stage.loss.posterior_logvar)
         if not stage.loss.freeze_encoder:
+            if stage.loss.posterior_logvar is not None:
+                fix_posterior(vae, stage.loss.posterior_logvar)
             run.model.configs["vae"]["scaling_factor"] = _measured_scale(run)
         run.model.save(run.folder / "model")
 

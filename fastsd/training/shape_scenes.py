@@ -62,14 +62,10 @@ GROUPS: Mapping[int, Sequence[Sequence[Point]]] = {
     2: (
         ((NEAR, MIDDLE), (FAR, MIDDLE)),
         ((MIDDLE, NEAR), (MIDDLE, FAR)),
-        ((NEAR, NEAR), (FAR, FAR)),
-        ((FAR, NEAR), (NEAR, FAR)),
     ),
     3: (
         ((0.17, MIDDLE), (MIDDLE, MIDDLE), (0.83, MIDDLE)),
-        ((MIDDLE, 0.17), (MIDDLE, MIDDLE), (MIDDLE, 0.83)),
         ((NEAR, FAR), (MIDDLE, NEAR), (FAR, FAR)),
-        ((NEAR, NEAR), (MIDDLE, FAR), (FAR, NEAR)),
     ),
 }
 """Layouts of equal objects; like the sizes, such that no two of them touch."""
