@@ -11,17 +11,17 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from fastsd.device import select_device
 from fastsd.errors import ParameterError
 from fastsd.training import parallel, report
-from fastsd.training.autoencoder import AutoencoderTask, Pictures, as_tensor, fix_posterior
+from fastsd.training.autoencoder import AutoencoderTask, Pictures, fix_posterior
 from fastsd.training.claims import Captions, ClaimsTask, Slots
 from fastsd.training.data import Dataset, Source
 from fastsd.training.diffusion import CaptionedLatents, DiffusionTask
 from fastsd.training.folder_data import PictureFolder
+from fastsd.training.latents import cached_latents, measured_scale
 from fastsd.training.loop import Task, fit
 from fastsd.training.lora import add_lora, save_lora
 from fastsd.training.model import Model, load_model, new_model
@@ -37,7 +37,6 @@ from fastsd.training.recipe import (
 from fastsd.training.shapes import Shapes
 
 LORA = "lora.safetensors"
-ENCODED_AT_ONCE = 16
 
 
 def train(recipe: Recipe, stop_after: int | None = None, dataset: Dataset | None = None) -> bool:
@@ -58,7 +57,7 @@ def train(recipe: Recipe, stop_after: int | None = None, dataset: Dataset | None
     for stage in recipe.stages:
         folder = output / stage.name
         result = folder / (LORA if isinstance(stage, LoraStage) else "model")
-        before = _check_same(folder, recipe, stage, before)
+        before = _check_same(folder, recipe, stage, len(dataset), before)
         if not result.exists():
             parallel.launch(run_stage, recipe.processes, recipe.threads, recipe, stage, source, dataset, stop_after)
             if not result.exists():
@@ -153,7 +152,7 @@ def _autoencoder(run: Run) -> Prepared:
         if not stage.loss.freeze_encoder:
             if stage.loss.posterior_logvar is not None:
                 fix_posterior(vae, stage.loss.posterior_logvar)
-            run.model.configs["vae"]["scaling_factor"] = _measured_scale(run)
+            run.model.configs["vae"]["scaling_factor"] = measured_scale(run.model, run.dataset)
         run.model.save(run.folder / "model")
 
     def draw(step: int) -> None:
@@ -218,50 +217,11 @@ def _diffusion_task(run: Run, stage: DiffusionStage | LoraStage) -> DiffusionTas
 
 
 def _latents(run: Run, stage: DiffusionStage | LoraStage) -> CaptionedLatents:
-    """The data set's latents, encoded once, each process its share, and kept in a file."""
-    path, model, dataset = run.folder / "latents.npy", run.model, run.dataset
-    temporary = path.with_name("latents.tmp.npy")
-    ranks, rank = parallel.processes(), parallel.rank()
-    if not path.exists():
-        shape = (len(dataset), *encode(model, dataset, range(1)).shape[1:])
-        if rank == 0:
-            np.lib.format.open_memmap(temporary, "w+", np.float16, shape).flush()
-        parallel.wait()
-        latents = np.lib.format.open_memmap(temporary, "r+")
-        mine = range(rank * len(dataset) // ranks, (rank + 1) * len(dataset) // ranks)
-        for begin in range(mine.start, mine.stop, ENCODED_AT_ONCE):
-            some = range(begin, min(begin + ENCODED_AT_ONCE, mine.stop))
-            latents[some.start : some.stop] = encode(model, dataset, some)
-        latents.flush()
-        parallel.wait()
-        if rank == 0:
-            temporary.replace(path)
-        parallel.wait()
     slots = run.slots if stage.loss.claims else {}
     captions = Captions(run.dataset, run.model.tokenizer, slots, stage.dropout)
-    latents = np.load(path, mmap_mode="r")
-    if len(latents) != len(run.dataset):
-        raise ParameterError(
-            f"data.path: holds {len(run.dataset)} pictures, but {len(latents)} when {run.folder.name}/ was begun; remove that "
-            "folder to train the stage anew"
-        )
-    return CaptionedLatents(latents, captions)
-
-
-@torch.inference_mode()
-def encode(model: Model, dataset: Dataset, indices: range) -> np.ndarray:
-    """The means of the pictures' latents, scaled as the UNet sees them. [n, h, w, C] float16."""
-    device = next(model.vae.parameters()).device
-    pictures = torch.stack([as_tensor(dataset.image(index)) for index in indices])
-    return model.vae.encode(pictures.to(device)).cpu().numpy().astype(np.float16)
-
-
-def _measured_scale(run: Run, count: int = 512) -> float:
-    """One over the standard deviation of latents, so that they have about unit variance."""
-    count = min(count, len(run.dataset))
-    parts = [range(i, min(i + ENCODED_AT_ONCE, count)) for i in range(0, count, ENCODED_AT_ONCE)]
-    latents = np.concatenate([encode(run.model, run.dataset, part) for part in parts]).astype(np.float64)
-    return round(float(run.model.vae.config.scaling_factor / latents.std()), 5)
+    return CaptionedLatents(
+        cached_latents(run.model, run.dataset, asdict(run.recipe.data), run.folder.parent), captions
+    )
 
 
 def _own_device(recipe: Recipe) -> torch.device:
@@ -285,7 +245,7 @@ def _check_sides(recipe: Recipe, stage: Stage, model: Model) -> None:
         )
 
 
-def _check_same(folder: Path, recipe: Recipe, stage: Stage, before: str) -> str:
+def _check_same(folder: Path, recipe: Recipe, stage: Stage, pictures: int, before: str) -> str:
     """ParameterError if the folder holds a stage begun with other options, or after others (digest `before`) → its digest."""
     fit_options = {
         name: value
@@ -293,12 +253,14 @@ def _check_same(folder: Path, recipe: Recipe, stage: Stage, before: str) -> str:
         if name not in ("log_every", "checkpoint_every", "sample_every", "workers")  # these do not change the result
     }
     options = asdict(stage) | {"fit": fit_options}
-    begun = {"stage": options, "data": asdict(recipe.data), "before": before, "processes": recipe.processes}
+    data = asdict(recipe.data) | {"pictures": pictures}
+    begun = {"stage": options, "data": data, "before": before, "processes": recipe.processes}
     path = folder / "stage.json"
     text = json.dumps(begun, indent=1)
     if path.exists() and path.read_text(encoding="utf-8") != text:
         raise ParameterError(
-            f"output: {folder.name}/ was begun with another config; remove it to train that stage anew, or choose another output"
+            f"output: {folder.name}/ was begun with another config or other data; remove it to train that stage anew, or choose "
+            "another output"
         )
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
