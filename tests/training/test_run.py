@@ -291,7 +291,7 @@ def test_other_pictures_than_at_the_beginning_are_refused(trained_folder: Path, 
     assert not train(small, stop_after=1)
     (pictures / "00.png").write_bytes((pictures / "0.png").read_bytes())
     (pictures / "00.txt").write_text("one more")
-    with pytest.raises(ParameterError, match="^output: lora/ was begun with another config or other data; remove it"):
+    with pytest.raises(ParameterError, match=r"^output: lora/ was begun with another config or other data; remove it"):
         train(small)
 
 
