@@ -16,7 +16,7 @@ image: export FASTSD_PROMPT := $(PROMPT)
 BUNDLED := build/shapes-128
 bundled-model: $(VENV)/.installed-train ## train the model that comes with fastsd; goes on where it stopped; STEPS=n: n steps more
 	$(BIN)/fastsd train --config fastsd/training/recipes/shapes-128.toml --output $(BUNDLED) $(if $(STEPS),--stop-after $(STEPS))
-	@if [ -d $(BUNDLED)/model ]; then cp -r $(BUNDLED)/model/. fastsd/assets/shapes-128/; fi
+	@if [ -d $(BUNDLED)/model ]; then mkdir -p fastsd/assets/shapes-128 && cp -r $(BUNDLED)/model/. fastsd/assets/shapes-128/; fi
 
 test: $(VENV)/.installed-test ## every test that is not slow
 	$(BIN)/python -m pytest -n auto -m "not slow and not gpu"
