@@ -222,4 +222,23 @@ OPS: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
-TESTS: dict[str, tuple[str, ...]] = CHECKPOINTS | ADAPTERS | PROMPTS | SAMPLING | MODES | BACKENDS | OPS
+TRAINING: dict[str, tuple[str, ...]] = {
+    "a model from nothing": ("tests/training/test_run.py::test_fastsd_and_diffusers_draw_the_same_with_the_trained_model",),
+    "its vocabulary": ("tests/training/test_vocabulary.py::test_transformers_gives_the_same_ids_for_every_caption",),
+    "a LoRA for a model": (
+        "tests/training/test_lora.py::test_diffusers_nets_with_the_file_predict_the_same",
+        "tests/training/test_lora.py::test_diffusers_draws_with_the_file_what_the_trained_nets_draw",
+    ),
+    "a trained LoRA put on and taken off": (
+        "tests/training/test_lora.py::test_fastsd_draws_with_the_file_what_the_trained_nets_draw",
+    ),
+    "an interrupted run goes on bit by bit": ("tests/training/test_run.py::test_it_goes_on_bit_by_bit",),
+    "loss and gradients of the diffusion stage": (
+        "tests/training/test_diffusion.py::test_a_step_s_loss_and_gradients_are_those_of_the_oracles_nets",
+    ),
+    "min-SNR weights": ("tests/training/test_diffusion.py::test_min_snr_weights_are_those_of_diffusers_script",),
+    "loss of the autoencoder stage": ("tests/training/test_autoencoder.py::test_the_loss_is_that_of_diffusers_autoencoder",),
+    "warm-up and cosine": ("tests/training/test_loop.py::test_the_learning_rate_is_that_of_torch_s_schedulers",),
+}  # fmt: skip
+
+TESTS: dict[str, tuple[str, ...]] = CHECKPOINTS | ADAPTERS | PROMPTS | SAMPLING | MODES | BACKENDS | OPS | TRAINING

@@ -26,6 +26,7 @@ from tests.models.test_vq import vq_model
 from tests.support_matrix import DOCUMENT, TESTS, read_rows
 from tests.test_autoencoder import ldm_state, theirs_of
 from tests.test_modes import half_mask, picture
+from tests.training import builders
 
 TEXT = DOCUMENT.read_text(encoding="utf-8")
 PREAMBLE, *PARTS = TEXT.split("\n## ")
@@ -60,6 +61,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_checkpoints(path)
     write_autoencoders(path)
     write_adapters(path, pipe)
+    write_recipes(path)
     return path
 
 
@@ -107,6 +109,16 @@ def write_adapters(path: Path, pipe: fastsd.Pipeline) -> None:
     save(factors, path / "lora-folder" / "pytorch_lora_weights.safetensors")
     width = pipe.text_encoder.config.hidden_size
     save({"<any>": torch.randn(2, width, generator=generator)}, path / "thing.safetensors")
+
+
+def write_recipes(path: Path) -> None:
+    stages = builders.TEXT + builders.AUTOENCODER + builders.DIFFUSION
+    made = builders.recipe_file(path / "model.toml", stages)
+    made.write_text(made.read_text().replace('output = "runs"', 'output = "made"'))
+    builders.picture_folder(path / "pictures")
+    head = 'base = "folder"\nprocesses = 1'
+    lora = builders.recipe_file(path / "lora.toml", builders.LORA, head, 'path = "pictures"')
+    lora.write_text(lora.read_text().replace('output = "runs"', 'output = "made-lora"'))
 
 
 def blocks(text: str) -> str:

@@ -4,8 +4,20 @@
 """
 
 from fastsd.training.data import Caption, Dataset
-from fastsd.training.loop import FitOptions, Task, fit
+from fastsd.training.diffusion import timestep_weights
+from fastsd.training.loop import FitOptions, Task, fit, learning_rate
 from fastsd.training.recipe import Recipe, read_recipe
 from fastsd.training.run import train
 
-__all__ = ["Caption", "Dataset", "FitOptions", "Recipe", "Task", "fit", "read_recipe", "train"]
+__all__ = [
+    "Caption",
+    "Dataset",
+    "FitOptions",
+    "Recipe",
+    "Task",
+    "fit",
+    "learning_rate",
+    "read_recipe",
+    "timestep_weights",
+    "train",
+]

@@ -22,6 +22,7 @@ from fastsd.training.autoencoder import (
 from fastsd.training.data import Caption, Draws, Share
 from fastsd.training.loop import FitOptions, fit
 from fastsd.training.model import Model
+from tests.measured import measured
 from tests.oracle import nchw, nhwc
 from tests.tolerances import NET
 from tests.training.builders import CPU, OPTIONS, RESOLUTION, differing, drawings, logged, state_of
@@ -103,6 +104,7 @@ def test_the_loss_is_that_of_diffusers_autoencoder(logvar: float | None, model: 
     found = AutoencoderTask(model.vae, loss).losses({"image": image}, draws(2), 0.5)
     total = 0.7 * terms["l1"] + 1.3 * terms["l2"] + 0.4 * terms["scales"] + 0.9 * terms["gradients"] + 0.11 * kl
     wanted = {"loss": total, "l1": terms["l1"], "kl": kl, "psnr": 10 * np.log10(4 / terms["l2"])}
+    measured("relative error", max(abs(found[name].item() / value - 1) for name, value in wanted.items()), NET)
     assert {name: value.item() for name, value in found.items()} == pytest.approx(wanted, rel=NET)
 
 

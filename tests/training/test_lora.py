@@ -16,6 +16,7 @@ from fastsd.training.diffusion import CaptionedLatents, DiffusionLoss, Diffusion
 from fastsd.training.loop import FitOptions, fit
 from fastsd.training.lora import LowRank, add_lora, save_lora
 from fastsd.training.model import Model, load_model
+from tests.measured import measured
 from tests.oracle import assert_same_picture, load_pipeline
 from tests.tolerances import NET
 from tests.training.builders import CPU, differing, drawings, state_of
@@ -129,6 +130,11 @@ def test_fastsd_draws_with_the_file_what_the_trained_nets_draw(trained: tuple[Pa
     pipe.load_lora_weights(made["file"])
     assert_same_picture(ours(pipe), wanted, "the file against the nets that it was trained in")
     pipe.unload_lora_weights()
+    measured(
+        "values differ",
+        len(differing({"unet": state_of(pipe.unet), "text_encoder": state_of(pipe.text_encoder)}, bits)),
+        0,
+    )
     assert not differing({"unet": state_of(pipe.unet), "text_encoder": state_of(pipe.text_encoder)}, bits)
     assert np.array_equal(ours(pipe), before), "taken off again, it leaves traces"
 
@@ -153,6 +159,7 @@ def test_diffusers_nets_with_the_file_predict_the_same(trained: tuple[Path, dict
         found = theirs.unet(noisy, torch.tensor([600, 40]), theirs.text_encoder(ids)[0]).sample.permute(0, 2, 3, 1)
     wanted = torch.load(made["file"].with_name("predicted.pt"))
     error = ((found - wanted).norm() / wanted.norm()).item()
+    measured("relative error", error, NET)
     assert error <= NET, f"relative error {error:.1e}"
 
 
