@@ -77,7 +77,7 @@ def test_mistakes_in_the_options_are_the_user_s(arguments: tuple[str, ...], conf
 def test_another_config_for_the_same_output_is_the_user_s(config: Path) -> None:
     assert invoke("-c", config, "--stop-after", "1").exit_code == 0
     config.write_text(config.read_text().replace("learning_rate = 1e-3", "learning_rate = 1e-2"))
-    assert_fails(invoke("-c", config), 2, "output: text/ was begun with another config; remove it")
+    assert_fails(invoke("-c", config), 2, "output: text/ was begun with another config or other data; remove it")
 
 
 def test_a_damaged_checkpoint_is_not_the_user_s(config: Path, tmp_path: Path) -> None:
