@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image
 
 from fastsd.errors import FastSDError, ImageError, ParameterError
+from fastsd.images import to_rgb
 from fastsd.wording import quoted
 
 GROUPS = ("Animals & Nature", "Food & Drink", "Objects", "Travel & Places", "Activities")
@@ -45,12 +46,11 @@ def write_pictures(package: Path, folder: Path, resolution: int = 128) -> int:
     for name, svg in emoji(package):
         try:
             png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=resolution, height=resolution))
-            drawn = Image.open(io.BytesIO(png)).convert("RGBA")
+            drawn = to_rgb(Image.open(io.BytesIO(png)))
         except (ValueError, OSError) as error:
             raise ImageError(f"{name}: cannot be drawn: {error}") from error
-        white = Image.new("RGBA", drawn.size, "white")
         stem = name.replace(" ", "-")
-        Image.alpha_composite(white, drawn).convert("RGB").save(folder / f"{stem}.png")
+        drawn.save(folder / f"{stem}.png")
         (folder / f"{stem}.txt").write_text(f"{name}\na picture of {name}\nan emoji of {name}\n", encoding="utf-8")
         count += 1
     return count

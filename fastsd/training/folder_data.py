@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from fastsd.errors import ImageError, ParameterError
+from fastsd.images import to_rgb
 from fastsd.training.data import Caption
 from fastsd.wording import quoted
 
@@ -46,13 +47,11 @@ class PictureFolder:
         file = self.files[index]
         try:
             with Image.open(file) as opened:
-                picture = ImageOps.exif_transpose(opened).convert("RGBA")
+                picture = to_rgb(opened)
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise ImageError(f"{file.name}: cannot be read as a picture: {error}") from error
-        white = Image.new("RGBA", picture.size, "white")
-        rgb = Image.alpha_composite(white, picture).convert("RGB")
         size = (self.resolution, self.resolution)
-        return np.asarray(ImageOps.fit(rgb, size, Image.Resampling.LANCZOS))
+        return np.asarray(ImageOps.fit(picture, size, Image.Resampling.LANCZOS))
 
     def caption(self, index: int, rng: np.random.Generator) -> Caption:
         captions = self.captions[index]

@@ -1,7 +1,4 @@
-"""Several processes that train copies of the same nets, each on its share of every batch (gloo on CPUs, NCCL on GPUs).
-
-On a CPU two single-threaded processes train small nets about twice as fast as one process with two threads.
-"""
+"""Several processes that train copies of the same nets, each on its share of every batch (gloo on CPUs, NCCL on GPUs)."""
 
 import json
 import multiprocessing

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from fastsd.images import to_pil
 from fastsd.models.vae import VAE
 from fastsd.pipeline import Pipeline
 from fastsd.training.autoencoder import as_tensor
@@ -41,15 +42,18 @@ def draw_losses(folder: Path) -> None:
     figure.savefig(folder / "losses.png", dpi=100)
 
 
-def draw_samples(model: Model | str, samples: SampleOptions, path: Path, lora: Path | None = None) -> None:
-    """A grid of the prompts' pictures, drawn by a Pipeline from the model's folder, or from one that is written for it."""
+def draw_samples(
+    model: Model, samples: SampleOptions, path: Path, source: str | None = None, lora: Path | None = None
+) -> None:
+    """A grid of the prompts' pictures, drawn by a Pipeline on the model's device.
+
+    source: the folder, file or Hub id that the weights are read from, beside a LoRA; None: one is written of the model's own.
+    """
+    device = next(model.unet.parameters()).device
     with TemporaryDirectory() as folder:
-        if isinstance(model, Model):
-            source = Path(folder) / "model"
-            model.save(source)
-            device = next(model.unet.parameters()).device
-        else:
-            source, device = Path(model), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if source is None:
+            source = str(Path(folder) / "model")
+            model.save(Path(source))
         pipe = Pipeline(source, device=device, dtype="float32" if device.type == "cpu" else "auto")
         if lora is not None:
             pipe.load_lora_weights(lora)
@@ -69,7 +73,7 @@ def draw_reconstructions(vae: VAE, dataset: Dataset, path: Path, count: int = 8)
     pictures = [dataset.image(index) for index in range(min(count, len(dataset)))]
     device = next(vae.parameters()).device
     out = vae.decode(vae.encode(torch.stack([as_tensor(picture) for picture in pictures]).to(device)))
-    made = ((out.clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
+    made = [np.asarray(picture) for picture in to_pil(out)]
     path.parent.mkdir(parents=True, exist_ok=True)
     grid([*pictures, *made], columns=len(pictures)).save(path)
 

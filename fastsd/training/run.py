@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -97,8 +98,7 @@ def run_stage(recipe: Recipe, stage: Stage, source: str, dataset: Dataset, stop_
     torch.manual_seed(recipe.seed)  # of what a task adds to the model
     prepared = _PREPARE[type(stage)](Run(recipe, stage, source, folder, dataset, model))
     first = parallel.rank() == 0
-    draw = prepared.draw if first and recipe.samples.prompts and stage.fit.sample_every else None
-    done = fit(prepared.task, prepared.data, stage.fit, folder, draw, stop_after)
+    done = fit(prepared.task, prepared.data, stage.fit, folder, prepared.draw if first else None, stop_after)
     if first:
         report.draw_losses(folder)
     if done and first:
@@ -127,9 +127,14 @@ class Run:
             )
         return slots
 
-    def sample(self, step: int) -> None:
-        """A grid of pictures of the model as it is."""
-        report.draw_samples(self.model, self.recipe.samples, self.folder / "samples" / f"{step:06}.png")
+    def sheet(self, step: int) -> Path:
+        """Where the pictures drawn at a step go."""
+        return self.folder / "samples" / f"{step:06}.png"
+
+    def sample(self, step: int, source: str | None = None, lora: Path | None = None) -> None:
+        """The prompts' pictures, if there are prompts, of the model as it is; source, lora: see `report.draw_samples`."""
+        if self.recipe.samples.prompts:
+            report.draw_samples(self.model, self.recipe.samples, self.sheet(step), source, lora)
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,7 @@ def _autoencoder(run: Run) -> Prepared:
         run.model.save(run.folder / "model")
 
     def draw(step: int) -> None:
-        report.draw_reconstructions(vae, run.dataset, run.folder / "samples" / f"{step:06}.png")
+        report.draw_reconstructions(vae, run.dataset, run.sheet(step))
 
     return Prepared(AutoencoderTask(vae, stage.loss), data, draw, finish)
 
@@ -193,11 +198,10 @@ def _lora(run: Run) -> Prepared:
     dtype = getattr(torch, run.recipe.dtype)
 
     def draw(step: int) -> None:
-        file = run.folder / "samples" / LORA
-        file.parent.mkdir(exist_ok=True)
-        save_lora(file, updates, torch.float32)
-        report.draw_samples(run.source, run.recipe.samples, run.folder / "samples" / f"{step:06}.png", lora=file)
-        file.unlink()
+        with TemporaryDirectory() as folder:
+            file = Path(folder) / LORA
+            save_lora(file, updates, torch.float32)
+            run.sample(step, run.source, file)
 
     task = _diffusion_task(run, stage)
     return Prepared(task, _latents(run, stage), draw, lambda: save_lora(run.folder / LORA, updates, dtype))

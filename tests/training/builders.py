@@ -15,6 +15,7 @@ from fastsd.training.loop import CHECKPOINT, LOG, FitOptions, Task, fit
 from fastsd.training.model import Model, load_model, new_model
 from fastsd.training.recipe import ModelOptions, Recipe, read_recipe
 from fastsd.training.shapes import Shapes
+from tests.oracle import randomise
 
 CPU = torch.device("cpu")
 RESOLUTION = 32
@@ -74,18 +75,6 @@ def trained_model(path: Path) -> Model:
     for seed, net in enumerate((model.unet, model.vae, model.text_encoder)):
         randomise(net.requires_grad_(True), seed)
     return model
-
-
-@torch.no_grad()
-def randomise(net: nn.Module, seed: int) -> None:
-    """Weights that keep activations near unit size."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, weight in net.named_parameters():
-        noise = torch.randn(weight.shape, generator=generator)
-        if weight.ndim == 1:
-            weight.copy_(0.1 * noise + float("norm" in name and name.endswith("weight")))
-        else:
-            weight.copy_(noise / weight[0].numel() ** 0.5)
 
 
 class Numbers:

@@ -341,3 +341,9 @@ def test_stop_after_counts_the_steps_of_each_stage(tmp_path: Path, new_folder: P
     assert not train(small, stop_after=2)
     assert checkpoint(tmp_path / "runs" / "more")["step"] == 2
     assert train(small, stop_after=2)
+
+
+def test_reconstructions_are_drawn_without_prompts(trained_folder: Path, tmp_path: Path) -> None:
+    small = recipe(tmp_path, AUTOENCODER, based_on(trained_folder))
+    assert train(replace(small, samples=replace(small.samples, prompts=())))
+    assert (tmp_path / "runs" / "autoencoder" / "samples" / "000002.png").is_file()
