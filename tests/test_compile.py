@@ -189,7 +189,8 @@ FAST: dict[str, Any] = {"width": 16, "num_inference_steps": 1, "seed": 0}
 @pytest.fixture
 def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """No interpreter, an sm_90 that is only named, nothing asked before; its empty cache."""
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)  # before the variable goes, or what comes back is False
+    # Before the variable goes, or what is restored is False.
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
