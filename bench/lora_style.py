@@ -21,9 +21,9 @@ import fastsd
 from bench import record
 from bench.shape_reader import CONTRAST
 from fastsd.errors import FastSDError
+from fastsd.picture_grid import grid
 from fastsd.pipeline import BUNDLED
 from fastsd.training import read_recipe, train
-from fastsd.training.report import grid
 from fastsd.training.shape_captions import describe
 from fastsd.training.shape_scenes import draw
 from fastsd.training.shapes import Shapes
@@ -120,8 +120,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     after = pictures()
     same = all(a.tobytes() == b.tobytes() for a, b in zip(before, after, strict=True))
     if args.grid is not None:
-        rows = [np.asarray(picture) for picture in (*before, *with_lora, *after)]
-        grid(rows, columns=len(PROMPTS)).save(args.grid)
+        grid([*before, *with_lora, *after], len(PROMPTS)).save(args.grid)
     return record.header() | {
         "model": pipe.name,
         "device": str(pipe.device),

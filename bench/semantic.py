@@ -20,7 +20,7 @@ from PIL import Image
 from bench import record
 from bench.semantic_judge import Verdict, below_gate, failures, judge, lost, tally
 from bench.semantic_prompts import Prompt, digest, make_prompts
-from bench.semantic_report import grid, run_report, samplers_report
+from bench.semantic_report import run_report, samplers_report, verdict_grid
 from bench.shape_reader import read
 from fastsd.device import DTYPES
 from fastsd.errors import FastSDError, ParameterError
@@ -79,7 +79,7 @@ def measure(pipe: Pipeline, prompts: Sequence[Prompt], way: Way, grid_path: Path
         return about | {"failed": str(error)}
     if grid_path is not None:
         grid_path.parent.mkdir(parents=True, exist_ok=True)
-        grid(pictures, verdicts).save(grid_path, format="PNG")
+        verdict_grid(pictures, verdicts).save(grid_path, format="PNG")
     return about | {"drawing_seconds": round(seconds, 2)} | tally(verdicts) | {"failures": failures(verdicts)}
 
 

@@ -1,20 +1,20 @@
 """What `bench.semantic` prints and draws of its results."""
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from bench import record
 from bench.semantic_judge import ALL, Verdict
+from fastsd.picture_grid import grid
 
 PRINTED = 10
 """So many failures are printed; the JSON file has all."""
 SHOWN, COLUMNS = 64, 8
-SIDE, FRAME, LINES, LINE_HEIGHT, LETTERS = 128, 3, 5, 12, 25
-"""Of the grid: pixels of a picture and its frame; lines of text under it, their height and how many letters they hold."""
-RIGHT, WRONG, PAPER, INK = "#d0d0d0", "#e00000", "white", "black"
+SIDE = 128
+"""Of the grid: pictures, and in a row; pixels of a picture's side."""
+RIGHT, WRONG = "#d0d0d0", "#e00000"
 
 
 def run_report(run: Mapping[str, Any]) -> str:
@@ -58,18 +58,12 @@ def _row(name: str, score: Mapping[str, Any]) -> list[str]:
     return [name, f"{score['right']}/{score['number']}", f"{score['accuracy']:.1%}", interval]
 
 
-def grid(pictures: Sequence[Image.Image], verdicts: Sequence[Verdict]) -> Image.Image:
+def verdict_grid(pictures: Sequence[Image.Image], verdicts: Sequence[Verdict]) -> Image.Image:
     """The first 64 pictures, their prompts under them; those that are not all right in a red frame."""
-    shown = list(zip(pictures, verdicts, strict=True))[:SHOWN]
-    columns = min(COLUMNS, len(shown))
-    width, height = SIDE + 4 * FRAME, SIDE + 4 * FRAME + LINES * LINE_HEIGHT
-    sheet = Image.new("RGB", (columns * width, -(-len(shown) // columns) * height), PAPER)
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
-    for index, (picture, verdict) in enumerate(shown):
-        x, y = index % columns * width + FRAME, index // columns * height + FRAME
-        far = SIDE + 2 * FRAME - 1
-        pen.rectangle((x, y, x + far, y + far), fill=RIGHT if verdict.right[ALL] else WRONG)
-        sheet.paste(picture.resize((SIDE, SIDE), Image.Resampling.NEAREST), (x + FRAME, y + FRAME))
-        for number, line in enumerate(textwrap.wrap(verdict.prompt.text, LETTERS)[:LINES]):
-            pen.text((x + FRAME, y + far + 2 + number * LINE_HEIGHT), line, fill=INK, font=font)
-    return sheet
+    shown = verdicts[:SHOWN]
+    return grid(
+        [picture.resize((SIDE, SIDE), Image.Resampling.NEAREST) for picture in pictures[:SHOWN]],
+        COLUMNS,
+        [verdict.prompt.text for verdict in shown],
+        [RIGHT if verdict.right[ALL] else WRONG for verdict in shown],
+    )

@@ -32,12 +32,15 @@ def with_preview(
     """on_step, and then all pictures in one at the path, whole at any time, every so many steps; without a path on_step alone."""
     if path is None:
         return on_step
-    from fastsd.previews import Previewer, grid
+    from PIL import ImageOps
+
+    from fastsd.picture_grid import grid
+    from fastsd.previews import Previewer
 
     scale = pipe.config.vae.downscale if taesd is None else 1  # to the size of what is drawn
     show = Previewer(
         pipe,
-        lambda step, pictures: save_image(grid(pictures, scale), path),
+        lambda step, pictures: save_image(grid([ImageOps.scale(picture, scale) for picture in pictures]), path),
         EVERY if every is None else every,
         taesd,
     )

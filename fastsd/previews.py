@@ -1,8 +1,7 @@
 """Pictures of latents in passing, for far less than the VAE takes: a linear map of each latent, or TAESD's small decoder."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -103,17 +102,6 @@ class Previewer:
         denoised = values["denoised"]
         if (step + 1) % self.every == 0 and denoised.isfinite().all():  # what is not is told at the end of the walk
             self.on_preview(step, pipe.preview(denoised, self.decoder))
-
-
-def grid(pictures: Sequence[Image.Image], scale: int = 1) -> Image.Image:
-    """Pictures of one size in rows, about as many as columns, each enlarged so many times."""
-    columns = ceil(len(pictures) ** 0.5)
-    width, height = (scale * side for side in pictures[0].size)
-    sheet = Image.new("RGB", (columns * width, ceil(len(pictures) / columns) * height))
-    for index, picture in enumerate(pictures):
-        row, column = divmod(index, columns)
-        sheet.paste(picture.resize((width, height), Image.Resampling.BICUBIC), (column * width, row * height))
-    return sheet
 
 
 def _chart(unit: int) -> Tensor:

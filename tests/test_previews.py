@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import fastsd
 from fastsd import cli
 from fastsd.errors import CheckpointError, NumericsError, ParameterError
-from fastsd.previews import Previewer, grid
+from fastsd.previews import Previewer
 from tests import oracle
 from tests.measured import measured
 from tests.tolerances import PREVIEW_EARLY_PSNR, PREVIEW_PSNR, PREVIEW_TAESD_LEVELS
@@ -189,14 +189,6 @@ def test_bad_arguments_are_told_before_the_drawing(
     oracle.randomise(diffusers.AutoencoderTiny()).save_pretrained(tmp_path)  # of factor 8
     with pytest.raises(CheckpointError, match="tensors do not fit the model"):
         pipe.load_taesd(tmp_path / "diffusion_pytorch_model.safetensors")
-
-
-@pytest.mark.parametrize(("count", "size"), [(1, (6, 4)), (2, (12, 4)), (3, (12, 8)), (5, (18, 8))])
-def test_a_grid_holds_every_picture(count: int, size: tuple[int, int]) -> None:
-    pictures = [Image.new("RGB", (3, 2), (40 * index + 40, 0, 0)) for index in range(count)]
-    sheet = np.asarray(grid(pictures, 2))
-    assert sheet.shape == (size[1], size[0], 3)
-    assert set(sheet[..., 0].ravel()) - {0} == {40 * index + 40 for index in range(count)}
 
 
 # Command line ---------------------------------------------------------------------------------------------------------

@@ -2,25 +2,26 @@
 
 import json
 import logging
-import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from fastsd.images import to_pil
+from fastsd.images import to_pil, to_tensor
 from fastsd.models.vae import VAE
+from fastsd.picture_grid import grid
 from fastsd.pipeline import Pipeline
-from fastsd.training.autoencoder import as_tensor
 from fastsd.training.data import Dataset
 from fastsd.training.loop import LOG
 from fastsd.training.model import Model
 from fastsd.training.recipe import SampleOptions
 
 logger = logging.getLogger("fastsd")
+
+COLUMNS = 8
 
 
 def draw_losses(folder: Path) -> None:
@@ -63,32 +64,16 @@ def draw_samples(
             guidance_scale=samples.guidance_scale,
             seed=samples.seed,
         )
+    pictures: list[Any] = list(result.images)
     path.parent.mkdir(parents=True, exist_ok=True)
-    grid([np.asarray(image) for image in result.images], samples.prompts).save(path)
+    grid(pictures, COLUMNS, samples.prompts).save(path)
 
 
 @torch.inference_mode()
 def draw_reconstructions(vae: VAE, dataset: Dataset, path: Path, count: int = 8) -> None:
     """Pictures of the data set above what the autoencoder makes of them."""
-    pictures = [dataset.image(index) for index in range(min(count, len(dataset)))]
+    pictures = [Image.fromarray(dataset.image(index)) for index in range(min(count, len(dataset)))]
     device = next(vae.parameters()).device
-    out = vae.decode(vae.encode(torch.stack([as_tensor(picture) for picture in pictures]).to(device)))
-    made = [np.asarray(picture) for picture in to_pil(out)]
+    made = to_pil(vae.decode(vae.encode(to_tensor(pictures, 1).to(device))))
     path.parent.mkdir(parents=True, exist_ok=True)
-    grid([*pictures, *made], columns=len(pictures)).save(path)
-
-
-def grid(pictures: Sequence[np.ndarray], labels: Sequence[str] = (), columns: int = 8) -> Image.Image:
-    """Pictures [H, W, 3] uint8 of one size in rows, with their labels below them."""
-    height, width = pictures[0].shape[:2]
-    margin = 30 if labels else 2
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (min(columns, len(pictures)) * (width + 2), rows * (height + margin)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for index, picture in enumerate(pictures):
-        x, y = index % columns * (width + 2), index // columns * (height + margin)
-        sheet.paste(Image.fromarray(picture), (x, y))
-        if labels:
-            text = textwrap.fill(labels[index], max(8, width // 5))
-            pen.multiline_text((x + 2, y + height), text, fill="black", font_size=8, spacing=1)
-    return sheet
+    grid([*pictures, *made], len(pictures)).save(path)

@@ -13,7 +13,7 @@ from PIL import Image
 from bench import semantic
 from bench.semantic_judge import ALL, ATTRIBUTES, GATE, Verdict, below_gate, judge, lost, tally, wilson
 from bench.semantic_prompts import SUITES, Prompt, digest, make_prompts
-from bench.semantic_report import SHOWN, grid
+from bench.semantic_report import SHOWN, verdict_grid
 from bench.shape_reader import Found, Reading
 from fastsd.errors import NumericsError
 from fastsd.pipeline import Pipeline
@@ -203,7 +203,7 @@ def test_the_grid_frames_failures_in_red() -> None:
     pictures = true_pictures(prompts)
     verdicts = semantic.judge_pictures(pictures, prompts)
     verdicts[9] = replace(verdicts[9], right={**verdicts[9].right, ALL: False})
-    sheet = np.asarray(grid(pictures, verdicts))
+    sheet = np.asarray(verdict_grid(pictures, verdicts))
     assert (sheet == (224, 0, 0)).all(-1).any(), "no red frame"
     rows, columns = np.nonzero((sheet == (224, 0, 0)).all(-1))
     height, width = sheet.shape[0] // (SHOWN // 8), sheet.shape[1] // 8
