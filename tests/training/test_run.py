@@ -108,8 +108,8 @@ def test_a_stage_shows_itself(whole_run: Path) -> None:
         with Image.open(path) as image:
             sizes[str(path.relative_to(whole_run / "runs"))] = image.size
             assert np.asarray(image.convert("L")).std() > 5, f"{path} is blank"
-    assert sizes.pop("autoencoder/samples/000002.png") == (8 * 34, 2 * 34), "eight pictures above their reconstructions"
-    assert sizes.pop("diffusion/samples/000003.png") == (2 * 34, 32 + 30), "two prompts"
+    assert sizes.pop("autoencoder/samples/000002.png") == (8 * 32, 2 * 32), "eight pictures above their reconstructions"
+    assert sizes.pop("diffusion/samples/000003.png") == (2 * 34, 32 + 2 + 3 * 12), "two prompts, in up to three lines"
     assert set(sizes) == {f"{stage}/losses.png" for stage in STAGES}
 
 
