@@ -9,7 +9,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +16,7 @@ from fastsd.checkpoints import ldm_keys
 from fastsd.checkpoints.file_bytes import read_capped
 from fastsd.checkpoints.file_parts import CONFIG_KEY, CONFIGS, TOKENIZER_FILES, VOCABULARY_FILES
 from fastsd.checkpoints.folder import ModelFolder
-from fastsd.checkpoints.folder_writer import own, write_folder, written
+from fastsd.checkpoints.folder_writer import own, save_tensors, write_folder, written
 from fastsd.checkpoints.opening import open_model
 from fastsd.checkpoints.single_file import CLIP_VOCABULARY, SingleFile
 from fastsd.checkpoints.strict_json import read_json
@@ -107,7 +106,7 @@ def _write_file(model: ModelFolder, config: ModelConfig, nets: dict[str, nn.Modu
     configs: dict[str, Any] = {name: getattr(model, name) for name in CONFIGS}
     stored = configs | {"tokenizer": _tokenizer_files(model.tokenizer)}
     # one key alone: safetensors writes several in any order, and the same model should give the same file
-    safetensors.torch.save_file(ldm_keys.pack(state), path, {CONFIG_KEY: json.dumps(stored, ensure_ascii=False)})
+    save_tensors(ldm_keys.pack(state), path, {CONFIG_KEY: json.dumps(stored, ensure_ascii=False)})
 
 
 def _tokenizer_files(folder: Path) -> dict[str, str]:

@@ -37,7 +37,7 @@ def write_folder(
         (path / component).mkdir(parents=True)
         prefix = "text_model." if component == "text_encoder" else ""  # readable by any transformers
         state = {prefix + name: own(tensor) for name, tensor in weights.items()}
-        safetensors.torch.save_file(state, path / component / WEIGHTS[component], {"format": "pt"})
+        save_tensors(state, path / component / WEIGHTS[component], {"format": "pt"})
     (path / "scheduler").mkdir()
     for name in CONFIGS:
         write_json(path / CONFIG_FILES[name], configs[name])
@@ -66,6 +66,14 @@ def _model_index(configs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def save_tensors(state: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file that those may read who may read the user's other files: the library makes it the user's alone."""
+    path.touch()
+    permissions = path.stat().st_mode & 0o777
+    safetensors.torch.save_file(state, path, metadata)
+    path.chmod(permissions)
 
 
 def own(tensor: Tensor) -> Tensor:

@@ -6,13 +6,12 @@ W + (alpha / rank)·up·down, as a parametrization of the layer's weight: the ne
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fastsd.adapters.lora_keys import KOHYA, layer_shapes
-from fastsd.checkpoints.folder_writer import own, written
+from fastsd.checkpoints.folder_writer import own, save_tensors, written
 from fastsd.errors import ParameterError
 
 
@@ -67,4 +66,4 @@ def save_lora(path: Path, updates: Mapping[str, LowRank], dtype: torch.dtype) ->
         state[f"{name}.lora_up.weight"] = own(update.up.detach().view(outputs, update.rank, *point).to(dtype))
         state[f"{name}.alpha"] = torch.tensor(update.alpha, dtype=dtype)
     with written(path) as temporary:
-        safetensors.torch.save_file(state, temporary)
+        save_tensors(state, temporary)

@@ -1,7 +1,9 @@
 """Folder to single file and back: the same tensors, configs and pictures; whole or not at all; nothing replaced unasked."""
 
 import json
+import os
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +72,20 @@ def test_the_bundled_model_draws_the_same_from_a_file_and_back(bundled_file: Pat
         assert_equal(picture, pictures[str(BUNDLED)], f"the picture of {path}")
     again = convert(folder, tmp_path / "again.safetensors")
     assert again.read_bytes() == bundled_file.read_bytes(), "the same model gives the same file"
+
+
+def test_files_may_be_read_by_those_who_may_read_any_other(bundled_file: Path, tmp_path: Path) -> None:
+    """safetensors 0.8 alone writes files that only their owner may read."""
+    folder, other = convert(bundled_file, tmp_path / "folder"), tmp_path / "other"
+    before = os.umask(0o027)
+    try:
+        other.touch()
+        file = convert(folder, tmp_path / "file.safetensors")
+        again = convert(file, tmp_path / "again")
+    finally:
+        os.umask(before)
+    for path in [file, *again.rglob("*.safetensors")]:
+        assert stat.filemode(path.stat().st_mode) == stat.filemode(other.stat().st_mode) == "-rw-r-----", path
 
 
 @pytest.mark.parametrize("style", ["sd1", "sd2"])

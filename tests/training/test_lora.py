@@ -177,6 +177,8 @@ def test_the_file_is_in_the_dtype_that_was_asked_for(dtype: torch.dtype, model: 
     assert found == set(updates)
     assert len(found) == 1 + 8, "a query in each of two attentions of four transformers"
     assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"], "something else was left behind"
+    (tmp_path / "other").touch()
+    assert (tmp_path / "lora.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 @pytest.mark.parametrize(
