@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastsd.training.data import Caption
-from fastsd.training.shape_captions import NUMBERS, PLURALS, describe
-from fastsd.training.shape_scenes import Scene, Split
+from fastsd.training.shape_captions import barest, describe
+from fastsd.training.shape_scenes import Split
 from fastsd.training.shapes import Shapes
 
 SUITES = {
@@ -40,23 +39,6 @@ def make_prompts(count: int, split: Split = "held_out", seed: int = 0) -> list[P
         caption = barest(scene, rng) if suite == "short" else describe(scene, rng, reworded=suite == "reworded")
         prompts.append(Prompt(suite, caption.text, caption.stated, seed + index))
     return prompts
-
-
-def barest(scene: Scene, rng: np.random.Generator) -> Caption:
-    """ "red circle", "3 blue stars", "red circle and blue star", "red circle above blue star": no article, size or place."""
-    if scene.relation is None:
-        (thing,) = scene.things
-        stated = {"count": str(scene.count), "colour": thing.colour, "shape": thing.shape}
-        if scene.count == 1:
-            return Caption(f"{thing.colour} {thing.shape}", stated)
-        number = NUMBERS[scene.count][rng.integers(len(NUMBERS[scene.count]))]
-        return Caption(f"{number} {thing.colour} {PLURALS.get(thing.shape, thing.shape + 's')}", stated)
-    first, second = scene.things
-    stated = {"colour": first.colour, "shape": first.shape, "colour 2": second.colour, "shape 2": second.shape}
-    joint = "and"
-    if rng.random() < 0.5:
-        joint = stated["relation"] = scene.relation
-    return Caption(f"{first.colour} {first.shape} {joint} {second.colour} {second.shape}", stated)
 
 
 def digest(prompts: Sequence[Prompt]) -> str:

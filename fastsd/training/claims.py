@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastsd.models.clip import CLIPText
 from fastsd.tokenizer import Tokenizer
-from fastsd.training.data import Batch, Dataset, Draws
+from fastsd.training.data import Batch, Caption, Dataset, Draws
 from fastsd.training.loop import Task
 
 Slots = Mapping[str, Sequence[str]]
@@ -46,13 +46,15 @@ class Captions:
     tokenizer: Tokenizer
     slots: Slots
     dropout: float = 0.0  # how many are replaced by the empty prompt
+    brief: float = 0.0  # how many are the data set's shortest (`brief_caption`)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def item(self, index: int, rng: np.random.Generator) -> Mapping[str, Any]:
         dropped = rng.random() < self.dropout
-        caption = self.dataset.caption(index, rng)
+        brief = self.brief > 0 and rng.random() < self.brief
+        caption: Caption = getattr(self.dataset, "brief_caption" if brief else "caption")(index, rng)
         ids = self.tokenizer.encode(["" if dropped else caption.text]).ids[0]
         stated = {} if dropped else caption.stated
         claims = [values.index(stated[slot]) if slot in stated else len(values) for slot, values in self.slots.items()]

@@ -30,7 +30,8 @@ class Caption:
 class Dataset(Protocol):
     """Pictures with captions. One picture may have many captions: rng chooses.
 
-    A data set whose captions say what they state has a dict `slots` as well: what may be stated → the values.
+    A data set whose captions say what they state has a dict `slots` as well: what may be stated → the values. One that can say
+    less has a method `brief_caption`, like `caption`.
     """
 
     def __len__(self) -> int: ...

@@ -94,6 +94,7 @@ class DiffusionStage:
     fit: FitOptions
     loss: DiffusionLoss = _DIFFUSION_LOSS
     dropout: float = 0.1  # captions replaced by the empty one, so that there is guidance (Ho & Salimans 2022)
+    brief_captions: float = 0.0  # the share that says no more than it must, of data sets that have such (the drawings)
     train_text_encoder: bool = False
 
 
@@ -187,6 +188,8 @@ def _check_stage(stage: Stage, recipe: Recipe) -> None:
         raise ParameterError(f"{where}.fit: seed, sample_every and workers must be at least 0")
     if not isinstance(stage, AutoencoderStage) and not 0 <= stage.dropout < 1:
         raise ParameterError(f"{where}.dropout: must be in [0, 1)")
+    if isinstance(stage, DiffusionStage) and not 0 <= stage.brief_captions <= 1:
+        raise ParameterError(f"{where}.brief_captions: must be in [0, 1]")
     if isinstance(stage, LoraStage) and (stage.rank < 1 or stage.alpha <= 0):
         raise ParameterError(f"{where}: rank must be at least 1 and alpha above 0")
     if isinstance(stage, AutoencoderStage) and stage.crop is not None and not 8 <= stage.crop <= recipe.data.resolution:

@@ -222,7 +222,12 @@ def _diffusion_task(run: Run, stage: DiffusionStage | LoraStage) -> DiffusionTas
 
 def _latents(run: Run, stage: DiffusionStage | LoraStage) -> CaptionedLatents:
     slots = run.slots if stage.loss.claims else {}
-    captions = Captions(run.dataset, run.model.tokenizer, slots, stage.dropout)
+    brief = stage.brief_captions if isinstance(stage, DiffusionStage) else 0.0
+    if brief and not hasattr(run.dataset, "brief_caption"):
+        raise ParameterError(
+            f"config.stages.{stage.name}.brief_captions: the data set has none (`brief_caption`); leave it 0"
+        )
+    captions = Captions(run.dataset, run.model.tokenizer, slots, stage.dropout, brief)
     return CaptionedLatents(
         cached_latents(run.model, run.dataset, asdict(run.recipe.data), run.folder.parent), captions
     )

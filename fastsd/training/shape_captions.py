@@ -73,6 +73,23 @@ def describe(scene: Scene, rng: np.random.Generator, reworded: bool = False) -> 
     return Caption(opening + body + ending, stated)
 
 
+def barest(scene: Scene, rng: np.random.Generator) -> Caption:
+    """ "red circle", "3 blue stars", "red circle and blue star", "red circle above blue star": no article, size or place."""
+    if scene.relation is None:
+        (thing,) = scene.things
+        stated = {"count": str(scene.count), "colour": thing.colour, "shape": thing.shape}
+        if scene.count == 1:
+            return Caption(f"{thing.colour} {thing.shape}", stated)
+        number = NUMBERS[scene.count][rng.integers(len(NUMBERS[scene.count]))]
+        return Caption(f"{number} {thing.colour} {PLURALS.get(thing.shape, thing.shape + 's')}", stated)
+    first, second = scene.things
+    stated = {"colour": first.colour, "shape": first.shape, "colour 2": second.colour, "shape 2": second.shape}
+    joint = "and"
+    if rng.random() < 0.5:
+        joint = stated["relation"] = scene.relation
+    return Caption(f"{first.colour} {first.shape} {joint} {second.colour} {second.shape}", stated)
+
+
 def _single(scene: Scene, size: str | None, bare: bool, rng: np.random.Generator) -> tuple[str, dict[str, str]]:
     """One thing, once or several times, and perhaps its place."""
     (thing,) = scene.things

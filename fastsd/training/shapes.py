@@ -3,7 +3,7 @@
 import numpy as np
 
 from fastsd.training.data import Caption
-from fastsd.training.shape_captions import SLOTS, describe
+from fastsd.training.shape_captions import SLOTS, barest, describe
 from fastsd.training.shape_scenes import Scene, Split, draw, random_scene
 
 
@@ -28,6 +28,9 @@ class Shapes:
 
     def caption(self, index: int, rng: np.random.Generator) -> Caption:
         return describe(self.scene(index), rng)
+
+    def brief_caption(self, index: int, rng: np.random.Generator) -> Caption:
+        return barest(self.scene(index), rng)
 
     def scene(self, index: int) -> Scene:
         return random_scene(self._rng(index), self.split)

@@ -58,6 +58,23 @@ def test_captions_are_dropped_at_their_rate(dropout: float, model: Model) -> Non
     assert len(kept) + len(dropped) == 2000
 
 
+class Brief(Two):
+    def brief_caption(self, index: int, rng: np.random.Generator) -> Caption:
+        return Caption("green", {"colour": "green"})
+
+
+@pytest.mark.parametrize("brief", [0.0, 0.3, 1.0])
+def test_captions_are_brief_at_their_rate(brief: float, model: Model) -> None:
+    """Of 2,000, within 4 standard errors; what is left out is not stated."""
+    source = Captions(Brief(), model.tokenizer, FEW, brief=brief)
+    items = [source.item(0, np.random.default_rng(seed)) for seed in range(2000)]
+    ids = [item["ids"].tolist() for item in items]
+    least, full = (model.tokenizer.encode([text]).ids[0] for text in ("green", "a green star"))
+    assert abs(ids.count(least) / 2000 - brief) <= 0.041 * (0 < brief < 1)
+    assert ids.count(least) + ids.count(full) == 2000
+    assert all(item["claims"].tolist() == ([1, 3] if item["ids"].tolist() == least else [1, 2]) for item in items)
+
+
 def test_which_caption_is_shown_does_not_depend_on_the_rate(model: Model) -> None:
     """The choice of the sentence comes after that of dropping it, from the same numbers."""
     rare, often = (Captions(drawings(), model.tokenizer, SLOTS, dropout) for dropout in (0.01, 0.5))

@@ -122,6 +122,7 @@ ADDED = {"\n[data]": "\n{}\n[data]", "[data]": "[data]\n{}\n", "[[stages]]": "[[
         ("[[stages]]", "alpha = 0.0", "config.stages.lora: rank must be at least 1 and alpha above 0"),
         ("[[stages]]", "alpha = '1'", "config.stages[0].alpha: must be a number, not '1'"),
         ("[[stages]]", "dropout = 1.0", "config.stages.lora.dropout: must be in [0, 1)"),
+        ("[[stages]]", "brief_captions = 0.1", "config.stages[0]: unknown 'brief_captions'; it knows kind, name, fit"),
         (
             "[[stages]]",
             "loss = { measure = 'x' }",
@@ -169,6 +170,11 @@ def test_complaints(where: str, line: str, message: str, tmp_path: Path) -> None
 def test_complaints_about_fitting(fit: str, message: str, tmp_path: Path) -> None:
     found = complaint(tmp_path, SHORT.replace("steps = 10", fit))
     assert found.startswith((f"config.stages.lora.fit{message}", f"config.stages[0].fit{message}")), found
+
+
+def test_brief_captions_are_a_share(tmp_path: Path) -> None:
+    text = SHORT.replace('kind = "lora"', 'kind = "diffusion"\nbrief_captions = 1.5')
+    assert complaint(tmp_path, text).endswith(".brief_captions: must be in [0, 1]")
 
 
 def test_a_stage_s_fit_is_needed(tmp_path: Path) -> None:

@@ -306,6 +306,15 @@ def test_folders_do_not_say_what_captions_state(stages: str, trained_folder: Pat
         train(recipe(tmp_path, stages, based_on(trained_folder), pictures))
 
 
+def test_folders_have_no_brief_captions(trained_folder: Path, tmp_path: Path) -> None:
+    stages = DIFFUSION.replace("claims = 0.01", "claims = 0.0").replace(
+        "[[stages]]", "[[stages]]\nbrief_captions = 0.5"
+    )
+    pictures = pictures_of(picture_folder(tmp_path / "pictures"))
+    with pytest.raises(ParameterError, match=r"^config\.stages\.diffusion\.brief_captions: the data set has none"):
+        train(recipe(tmp_path, stages, based_on(trained_folder), pictures))
+
+
 def test_a_lora_of_nothing_is_refused(trained_folder: Path, tmp_path: Path) -> None:
     stages = LORA.replace('text_layers = ["q_proj", "out_proj"]', "layers = []")
     with pytest.raises(ParameterError, match=r"^config\.stages\.lora: layers and text_layers name no layer"):

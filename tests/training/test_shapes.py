@@ -105,6 +105,18 @@ def test_captions_say_what_they_state(reworded: bool) -> None:
         assert said(caption.text) == caption.stated, caption.text
 
 
+def test_brief_captions_say_no_more_than_they_must() -> None:
+    data = Shapes(COUNT)
+    for index in range(COUNT):
+        caption, scene = data.brief_caption(index, np.random.default_rng(index)), data.scene(index)
+        assert said(caption.text) == caption.stated, caption.text
+        things = [f" {number}" if number > 1 else "" for number in range(1, len(scene.things) + 1)]
+        least = {f"{slot}{ending}" for slot in ("colour", "shape") for ending in things}
+        least |= set() if scene.relation else {"count"}
+        assert caption.stated.keys() - {"relation"} == least, caption.text
+        assert caption.stated.items() <= truth(scene.things, scene.relation, scene).items()
+
+
 def test_captions_state_what_is_drawn() -> None:
     """Every claim holds of the scene; of two things in either order."""
     data = Shapes(COUNT)
