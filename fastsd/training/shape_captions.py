@@ -77,14 +77,11 @@ def barest(scene: Scene, rng: np.random.Generator) -> Caption:
     """ "red circle", "3 blue stars", "red circle and blue star", "red circle above blue star": no article, size or place."""
     if scene.relation is None:
         (thing,) = scene.things
-        stated = {"count": str(scene.count), "colour": thing.colour, "shape": thing.shape}
-        if scene.count == 1:
-            return Caption(f"{thing.colour} {thing.shape}", stated)
-        number = NUMBERS[scene.count][rng.integers(len(NUMBERS[scene.count]))]
-        return Caption(f"{number} {thing.colour} {PLURALS.get(thing.shape, thing.shape + 's')}", stated)
+        number = f"{_one(NUMBERS[scene.count], rng)} " if scene.count > 1 else ""
+        text = f"{number}{thing.colour} {_noun(thing, scene.count)}"
+        return Caption(text, {"count": str(scene.count)} | _stated(thing, None))
     first, second = scene.things
-    stated = {"colour": first.colour, "shape": first.shape, "colour 2": second.colour, "shape 2": second.shape}
-    joint = "and"
+    stated, joint = _stated_pair(first, second, (None, None)), "and"
     if rng.random() < 0.5:
         joint = stated["relation"] = scene.relation
     return Caption(f"{first.colour} {first.shape} {joint} {second.colour} {second.shape}", stated)
@@ -109,7 +106,7 @@ def _pair(
     first, second = (scene.things[i] for i in order)
     sizes = [sizes[i] for i in order]
     relation = relation if order == [0, 1] else OPPOSITE[relation]
-    stated = _stated(first, sizes[0]) | {f"{slot} 2": value for slot, value in _stated(second, sizes[1]).items()}
+    stated = _stated_pair(first, second, sizes)
     joint = "and"
     if rng.random() < 0.85:
         stated["relation"] = relation
@@ -122,9 +119,16 @@ def _stated(thing: Thing, size: str | None) -> dict[str, str]:
     return {"colour": thing.colour, "shape": thing.shape} | ({} if size is None else {"size": size})
 
 
+def _stated_pair(first: Thing, second: Thing, sizes: Sequence[str | None]) -> dict[str, str]:
+    return _stated(first, sizes[0]) | {f"{slot} 2": value for slot, value in _stated(second, sizes[1]).items()}
+
+
+def _noun(thing: Thing, count: int) -> str:
+    return thing.shape if count == 1 else PLURALS.get(thing.shape, thing.shape + "s")
+
+
 def _phrase(thing: Thing, size: str | None, count: int, bare: bool, rng: np.random.Generator) -> str:
-    shape = thing.shape if count == 1 else PLURALS.get(thing.shape, thing.shape + "s")
-    words = ([] if size is None else [_one(SIZE_WORDS[size], rng)]) + [thing.colour, shape]
+    words = ([] if size is None else [_one(SIZE_WORDS[size], rng)]) + [thing.colour, _noun(thing, count)]
     if count > 1:
         words.insert(0, _one(NUMBERS[count], rng))
     elif rng.random() < 0.05:
