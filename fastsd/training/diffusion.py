@@ -1,7 +1,8 @@
 """Training the UNet, and with it the text encoder, to take noise off latents as a caption says.
 
 x_t = √ᾱ_t·x + √(1−ᾱ_t)·ε; the loss is the weighted mean squared error of what the UNet predicts (Ho et al. 2020, arXiv
-2006.11239, eq. 14; Rombach et al. 2022, eq. 3). Weights: min-SNR (Hang et al. 2023, arXiv 2303.09556).
+2006.11239, eq. 14; Rombach et al. 2022, eq. 3). Weights: min-SNR (Hang et al. 2023, arXiv 2303.09556). Input perturbation: the
+UNet sees γ·ξ more noise than it is to predict, for a sampler's x_t is not exact either (Ning et al. 2023, arXiv 2301.11706).
 """
 
 from collections.abc import Mapping
@@ -33,6 +34,7 @@ class DiffusionLoss:
     least_weight: float = 0.0  # of min-SNR's factor
     greatest_weight: float = 120.0  # of 1 + 1/SNR
     noise_bias: float = 0.0  # timesteps are drawn in proportion to ᾱ^(−noise_bias): above 0, high noise more often
+    input_perturbation: float = 0.0  # γ, the deviation of the further noise, in that of the noise
     claims: float = 0.0  # of the heads' loss, see claims.py
 
 
@@ -69,7 +71,10 @@ class DiffusionTask(Task):
         t = draws.spread(self.density)
         noise = draws.normal(*latents.shape[1:])
         a, s = (table[t][:, None, None, None] for table in (self.signal, self.noise))
-        noisy = a * latents + s * noise
+        seen = noise
+        if gamma := self.loss.input_perturbation:
+            seen = noise + gamma * draws.normal(*noise.shape[1:])
+        noisy = a * latents + s * seen
         targets = {"epsilon": noise, "sample": latents, "v_prediction": a * noise - s * latents}
         context = self.text_encoder(batch["ids"])
         out = self.unet(noisy, self.unet.project_time(t.float()), self.unet.project_context(context))

@@ -85,14 +85,18 @@ def answered(
     return net, found, latents, same.normal(4, 4, 4)
 
 
+def target_of(net: Answering, error: Tensor) -> Tensor:
+    """Seen in the gradient of the mean squared error, which is 2 · (answer − target) / N."""
+    (slope,) = torch.autograd.grad(error, net.answer)
+    return net.answer.detach() - slope * net.answer.numel() / 2
+
+
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_latents_and_targets_are_those_of_diffusers(prediction: str) -> None:
-    """The target is seen in the gradient of the error, which is 2 · (answer − target) / N."""
     net, found, latents, noise = answered(prediction)
     theirs, t = ddpm(prediction), net.time.long()
     torch.testing.assert_close(net.noisy, theirs.add_noise(latents, noise, t), rtol=0, atol=ALPHA_BAR)
-    (slope,) = torch.autograd.grad(found["mse"], net.answer)
-    target = net.answer.detach() - slope * net.answer.numel() / 2
+    target = target_of(net, found["mse"])
     wanted = {"epsilon": noise, "v_prediction": theirs.get_velocity(latents, noise, t), "sample": latents}[prediction]
     torch.testing.assert_close(target, wanted, rtol=0, atol=ALPHA_BAR)
     assert torch.equal(net.context, 10 * torch.arange(64)), "the context is not what the text encoder says of the ids"
@@ -115,6 +119,19 @@ def test_high_noise_is_drawn_more_often_where_asked() -> None:
     counts = torch.bincount(net.time.long(), minlength=1000)
     assert (counts - 20_000 * chance / chance.sum()).abs().max() < 2, "they are not drawn in proportion"
     assert counts[-1] > 10 * counts[0], "the bias does next to nothing, so this tells nothing"
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_input_perturbation_is_seen_and_not_to_be_predicted(prediction: str) -> None:
+    """The further noise is found in what the UNet is shown: of the deviation asked for, and with nothing of the noise in it."""
+    net, found, latents, noise = answered(prediction, DiffusionLoss(input_perturbation=0.1), count=1000)
+    plain, without, *_ = answered(prediction, count=1000)
+    torch.testing.assert_close(target_of(net, found["mse"]), target_of(plain, without["mse"]), rtol=0, atol=ALPHA_BAR)
+    deviation = torch.tensor(1 - schedule().alphas_cumprod).sqrt()[net.time.long()][:, None, None, None]
+    further = (net.noisy - plain.noisy) / deviation
+    assert further.std().item() == pytest.approx(0.1, rel=0.02), "64,000 values: 0.3% by chance"
+    assert abs((further * noise).mean().item()) < 0.002, "the further noise goes with the noise"
+    assert abs((further * latents).mean().item()) < 0.002, "the further noise goes with the picture"
 
 
 def snr() -> Tensor:
