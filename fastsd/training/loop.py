@@ -39,6 +39,7 @@ class FitOptions:
     weight_decay: float = 0.01  # of matrices and kernels; biases and norms have none
     clip_norm: float = 1.0  # of all gradients together; 0: not clipped
     ema_decay: float = 0.9999  # of the moving average, which is what is kept; at first less; 0: none
+    ema_ramp: float = 9.0  # until ema_decay is reached, the average weighs step s as s^(ema_ramp − 1)
     precision: Precision = "fp32"  # of the forward and backward pass; weights and their updates stay fp32
     seed: int = 0
     checkpoint_every: int = 500
@@ -107,8 +108,11 @@ def learning_rate(step: int, options: FitOptions) -> float:
 
 
 def ema_decay(step: int, options: FitOptions) -> float:
-    """(1 + step) / (10 + step) at first: the average forgets the initial weights quickly."""
-    return min(options.ema_decay, (1 + step) / (10 + step))
+    """(1 + step) / (1 + ema_ramp + step) at first: the average forgets the initial weights quickly, by the default.
+
+    Weighs the steps by a power, as Karras et al. 2024 do (arXiv 2312.02696, eq. 1); a ramp of 1 weighs them all the same.
+    """
+    return min(options.ema_decay, (1 + step) / (1 + options.ema_ramp + step))
 
 
 class _State:

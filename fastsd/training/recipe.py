@@ -184,6 +184,8 @@ def _check_stage(stage: Stage, recipe: Recipe) -> None:
         )
     if not all(0 <= beta < 1 for beta in fit.betas) or not 0 <= fit.final_rate <= 1 or not fit.weight_decay >= 0:
         raise ParameterError(f"{where}.fit: betas must be in [0, 1), final_rate in [0, 1], weight_decay at least 0")
+    if not fit.ema_ramp > 0:
+        raise ParameterError(f"{where}.fit.ema_ramp: must be above 0")
     if min(fit.seed, fit.sample_every, fit.workers) < 0:
         raise ParameterError(f"{where}.fit: seed, sample_every and workers must be at least 0")
     if not isinstance(stage, AutoencoderStage) and not 0 <= stage.dropout < 1:

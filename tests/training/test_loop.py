@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -111,6 +112,16 @@ def test_the_average_s_decay_by_hand() -> None:
     fitted = FitOptions(steps=1, ema_decay=0.75)
     steps = {0: 0.1, 1: 2 / 11, 8: 0.5, 25: 26 / 35, 26: 0.75, 27: 0.75, 1000: 0.75}
     assert {step: ema_decay(step, fitted) for step in steps} == pytest.approx(steps)
+
+
+@pytest.mark.parametrize("ramp", [1.0, 2.0, 9.0])
+def test_the_average_weighs_steps_by_a_power(ramp: float) -> None:
+    """What each of 3,000 steps comes to in the end, by the decays after it."""
+    fitted = FitOptions(steps=3000, ema_decay=0.99999, ema_ramp=ramp)
+    decays = np.array([ema_decay(step, fitted) for step in range(3000)])
+    shares = (1 - decays) * np.append(np.cumprod(decays[:0:-1])[::-1], 1.0)
+    power = np.arange(1, 3001) ** (ramp - 1)
+    np.testing.assert_allclose(shares[1000:], (power / power.sum())[1000:], rtol=0.05)
 
 
 def fitted_by_hand(fitted: FitOptions) -> tuple[dict[str, Tensor], dict[str, Tensor], list[float]]:

@@ -154,6 +154,7 @@ def test_complaints(where: str, line: str, message: str, tmp_path: Path) -> None
         ("steps = 9, learning_rate = 0", ": learning_rate must be in (0, 1)"),
         ("steps = 9, learning_rate = nan", ": learning_rate must be in (0, 1)"),
         ("steps = 9, ema_decay = 1.0", ": learning_rate must be in (0, 1), ema_decay in [0, 1)"),
+        ("steps = 9, ema_ramp = 0", ".ema_ramp: must be above 0"),
         ("steps = 9, warmup_steps = -1", ": learning_rate must be"),
         ("steps = 9, clip_norm = -0.5", ": learning_rate must be"),
         ("steps = 9, betas = [0.9, 1.0]", ": betas must be in [0, 1)"),
