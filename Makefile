@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 .PHONY: image bundled-model test test-all test-gpu support lint format clean
 
 image: $(VENV)/.installed ## draw PROMPT into OUT with the bundled model, at the guidance it draws best
-	@$(BIN)/fastsd generate --cfg-scale 4 -p "$$FASTSD_PROMPT" -o "$(OUT)"
+	@$(BIN)/fastsd generate --cfg-scale 2.5 -p "$$FASTSD_PROMPT" -o "$(OUT)"
 image: export FASTSD_PROMPT := $(PROMPT)
 
 BUNDLED := build/shapes-128

@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     seconds = time.perf_counter() - start
 
     def pictures() -> list[Image.Image]:
-        return pipe.generate(list(PROMPTS), seed=0, num_inference_steps=20, guidance_scale=4.0).images
+        return pipe.generate(list(PROMPTS), seed=0, num_inference_steps=20, guidance_scale=2.5).images
 
     before = pictures()
     pipe.load_lora_weights(folder / "run/lora/lora.safetensors")

@@ -129,7 +129,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", help="a diffusers folder or a single file (default: the bundled one)")
     parser.add_argument("--prompts", type=counted, default=200, help="how many (default 200)")
     parser.add_argument("--steps", type=counted, default=20, help="of each sampler (default 20)")
-    parser.add_argument("--guidance", type=float, default=4.0, help="scale (default 4)")
+    parser.add_argument("--guidance", type=float, default=2.5, help="scale (default 2.5)")
     parser.add_argument(
         "--sampler",
         default="ddim",

@@ -44,7 +44,7 @@ from fastsd.tokenizer import Tokenizer
 from fastsd.walks import Walk
 from fastsd.wording import quoted
 
-BUNDLED = Path(__file__).parent / "assets" / "shapes-64"
+BUNDLED = Path(__file__).parent / "assets" / "shapes-128"
 
 
 class Pipeline(Previews):
@@ -181,7 +181,7 @@ class Pipeline(Previews):
 
         prompt, negative_prompt: one or several. prompt_style: "plain" cuts them at 77 tokens, and then a warning says what fell
         off; "a1111" reads the web UI's weights and BREAK, see `fastsd.prompt_syntax`, and takes up to 32 chunks of 75 tokens.
-        height, width: pixels, multiples of the VAE's factor (8 for Stable Diffusion, 4 for the bundled model), 16.8 million
+        height, width: pixels, multiples of the VAE's factor (8 for Stable Diffusion and the bundled model), 16.8 million
         together at most; default the size the model was trained at.
         num_inference_steps: 1 to the length of the noise schedule (1000). guidance_scale: classifier-free guidance where
         above 1. guidance_rescale: 0 to 1 (arXiv 2305.08891). num_images_per_prompt: 1 to 256, and 256 images in all.

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import fastsd
 from fastsd.adapters import LoraAdapters, SwapLock
-from fastsd.pipeline import BUNDLED
 from tests import oracle
+from tests.small_model import SMALL_MODEL
 
 LINEAR = (
     "to_q",
@@ -59,8 +59,8 @@ SMALL = {
 
 
 def save_small_model(path: Path, style: str) -> Path:
-    """The bundled model's VAE and tokenizer around a UNet and a text encoder of random weights and few layers."""
-    shutil.copytree(BUNDLED, path, dirs_exist_ok=True)
+    """The small model's VAE and tokenizer around a UNet and a text encoder of random weights and few layers."""
+    shutil.copytree(SMALL_MODEL, path, dirs_exist_ok=True)
     unet, text_encoder = SMALL[style]
     for name, net in {"unet": oracle.unet(unet), "text_encoder": oracle.text_encoder(text_encoder)}.items():
         shutil.rmtree(path / name)

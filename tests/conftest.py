@@ -1,4 +1,4 @@
-"""Fixtures for all tests: two threads, the bundled model, models with random weights made and saved by diffusers."""
+"""Fixtures for all tests: two threads, the small model, models with random weights made and saved by diffusers."""
 
 import os
 
@@ -19,8 +19,8 @@ import pytest
 
 import fastsd
 from bench import record
-from fastsd.pipeline import BUNDLED
 from tests import oracle
+from tests.small_model import SMALL_MODEL
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
@@ -64,19 +64,19 @@ class Results:
 
 
 @pytest.fixture(scope="session")
-def bundled() -> Path:
-    return BUNDLED
+def small_model() -> Path:
+    return SMALL_MODEL
 
 
 @pytest.fixture(scope="session")
 def pipe() -> fastsd.Pipeline:
-    """The bundled model on plain PyTorch, in fp32: what parity is judged by."""
-    return fastsd.Pipeline(device="cpu", backend="reference")
+    """The small model on plain PyTorch, in fp32: what parity is judged by."""
+    return fastsd.Pipeline(SMALL_MODEL, device="cpu", backend="reference")
 
 
 @pytest.fixture(scope="session")
-def diffusers_pipe(bundled: Path):
-    return oracle.load_pipeline(bundled)
+def diffusers_pipe(small_model: Path):
+    return oracle.load_pipeline(small_model)
 
 
 @pytest.fixture(scope="session", params=["sd1", "sd2"])

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from bench.workloads import psnr as psnr
 from fastsd.checkpoints import open_folder
-from fastsd.pipeline import BUNDLED
 from tests.measured import measured
+from tests.small_model import SMALL_MODEL
 from tests.tolerances import IMAGE_PSNR
 
 diffusers.logging.set_verbosity_error()
@@ -91,7 +91,7 @@ def text_encoder(config: dict[str, Any], seed: int = 2) -> transformers.CLIPText
 
 
 def save_random_model(path: Path, style: str) -> Path:
-    """A folder as diffusers saves it, with a small vocabulary: the bundled model's."""
+    """A folder as diffusers saves it, with a small vocabulary: the small model's."""
     nets = {
         "sd1": (unet(SD1_UNET), vae(SD_VAE), text_encoder(CLIP), SD15_SCHEDULER),
         "sd2": (unet(SD2_UNET), vae(SD_VAE), text_encoder(OPEN_CLIP), SD21_SCHEDULER),
@@ -101,8 +101,8 @@ def save_random_model(path: Path, style: str) -> Path:
         net.save_pretrained(path / name)
     (path / "scheduler").mkdir()
     (path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
-    shutil.copytree(BUNDLED / "tokenizer", path / "tokenizer")
-    index = json.loads((BUNDLED / "model_index.json").read_text())
+    shutil.copytree(SMALL_MODEL / "tokenizer", path / "tokenizer")
+    index = json.loads((SMALL_MODEL / "model_index.json").read_text())
     index["scheduler"] = ["diffusers", scheduler["_class_name"]]
     (path / "model_index.json").write_text(json.dumps(index))
     return path
@@ -119,7 +119,7 @@ def load_pipeline(path: Path) -> diffusers.StableDiffusionPipeline:
 def load(net: nn.Module, saved: nn.Module, component: str, path: Path) -> nn.Module:
     """fastsd's net (built on meta) with the oracle's weights, by way of a folder that the oracle saved."""
     if not (path / "model_index.json").exists():
-        shutil.copytree(BUNDLED, path, dirs_exist_ok=True)
+        shutil.copytree(SMALL_MODEL, path, dirs_exist_ok=True)
     shutil.rmtree(path / component)
     saved.save_pretrained(path / component)
     folder = open_folder(path)

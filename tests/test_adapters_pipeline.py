@@ -25,6 +25,7 @@ from fastsd.metadata import parse_parameters
 from fastsd.model_hash import ModelFile
 from tests.adapter_builders import kohya_lora, save
 from tests.oracle import assert_equal
+from tests.small_model import SMALL_MODEL
 from tests.test_graph import StandIn
 
 PROMPT = "a large red circle in the center on a white background"
@@ -32,7 +33,7 @@ PROMPT = "a large red circle in the center on a white background"
 
 @pytest.fixture
 def own() -> fastsd.Pipeline:
-    return fastsd.Pipeline(device="cpu")
+    return fastsd.Pipeline(SMALL_MODEL, device="cpu")
 
 
 @pytest.fixture
@@ -106,8 +107,8 @@ def test_a_callback_may_not_swap(own: fastsd.Pipeline, ink: Path) -> None:
 
 def test_the_command_line_takes_them(own: fastsd.Pipeline, ink: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.png"
-    asked = ["generate", "-p", PROMPT, "--steps", "3", "-s", "2", "--lora", f"{ink}:0.5", "-o", str(out)]
-    done = CliRunner().invoke(cli.app, asked)
+    asked = ["generate", "-m", str(SMALL_MODEL), "-p", PROMPT, "--steps", "3", "-s", "2", "--lora", f"{ink}:0.5"]
+    done = CliRunner().invoke(cli.app, [*asked, "-o", str(out)])
     assert done.exit_code == 0, done.output
     own.load_lora_weights(ink, adapter_name="ink")
     own.set_adapters("ink", 0.5)
@@ -120,7 +121,7 @@ def test_the_command_line_takes_them(own: fastsd.Pipeline, ink: Path, tmp_path: 
 
 def test_a_dropped_pipeline_is_freed_at_once(ink: Path, tmp_path: Path) -> None:
     """Its memory does not wait for the garbage collector."""
-    pipe = fastsd.Pipeline(device="cpu")
+    pipe = fastsd.Pipeline(SMALL_MODEL, device="cpu")
     vectors = torch.ones(1, pipe.text_encoder.config.hidden_size)
     save_file({"<thing>": vectors}, tmp_path / "thing.safetensors")
     pipe.load_textual_inversion(tmp_path / "thing.safetensors")
@@ -189,10 +190,11 @@ def test_names_that_are_not_utf8_are_written(ink: Path, tmp_path: Path) -> None:
         ink.rename(tmp_path / odd)
     except OSError:
         pytest.skip("this disk takes UTF-8 only")
-    convert(fastsd.pipeline.BUNDLED, tmp_path / "model.safetensors")
+    convert(SMALL_MODEL, tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").rename(tmp_path / f"model-{odd}")
     asked = ["generate", "-p", "x", "--steps", "1", "-q", "-o", str(out)]
-    for options in (["--lora", str(tmp_path / odd)], ["-m", str(tmp_path / f"model-{odd}")]):
+    lora = ["-m", str(SMALL_MODEL), "--lora", str(tmp_path / odd)]
+    for options in (lora, ["-m", str(tmp_path / f"model-{odd}")]):
         done = CliRunner().invoke(cli.app, [*asked, *options])
         assert done.exit_code == 0, done.output
         with Image.open(out) as image:
@@ -210,7 +212,7 @@ def test_a_linked_model_has_the_name_of_the_link(tmp_path: Path) -> None:
 
 def test_a_single_file_has_its_hash(tmp_path: Path) -> None:
     path = tmp_path / "one.safetensors"
-    convert(fastsd.pipeline.BUNDLED, path)
+    convert(SMALL_MODEL, path)
     drawn = fastsd.Pipeline(path, device="cpu").generate(PROMPT, num_inference_steps=1, seed=0)
     fields = parse_parameters(drawn.parameters[0])
     assert fields["model_hash"] == hashlib.sha256(path.read_bytes()).hexdigest()[:10]

@@ -28,6 +28,7 @@ from tests.models.test_vae_family import diffusers_config
 from tests.models.test_vq import FAMILY as VQ
 from tests.models.test_vq import vq_model
 from tests.oracle import assert_same_picture
+from tests.small_model import SMALL_MODEL
 from tests.tolerances import NET, RECONSTRUCTION_ERROR
 
 PLAIN: dict[str, Any] = {"device": "cpu", "dtype": "float32", "backend": "reference"}
@@ -82,8 +83,8 @@ def codebook(tmp_path_factory: pytest.TempPathFactory) -> tuple[diffusers.VQMode
 
 @pytest.fixture(scope="module")
 def own() -> fastsd.Autoencoder:
-    """The bundled model's."""
-    return fastsd.Autoencoder.from_pretrained(oracle.BUNDLED, **PLAIN)
+    """The small model's."""
+    return fastsd.Autoencoder.from_pretrained(SMALL_MODEL, **PLAIN)
 
 
 # The same as diffusers
@@ -132,7 +133,7 @@ def test_reconstruction_and_its_error(pair: tuple[Any, fastsd.Autoencoder]) -> N
 @torch.inference_mode()
 def test_samples_of_the_distribution(own: fastsd.Autoencoder, pipe: fastsd.Pipeline) -> None:
     """Image i takes seed + i, as a Pipeline's encode_image does, and diffusers with that generator."""
-    theirs = oracle.load_pipeline(oracle.BUNDLED).vae
+    theirs = oracle.load_pipeline(SMALL_MODEL).vae
     images = pictures(2, 32, 24)
     found = own.encode(images, seed=7)
     for index in range(2):
@@ -160,7 +161,7 @@ def test_entries_of_the_codebook(codebook: tuple[diffusers.VQModel, fastsd.Autoe
 
 
 def test_what_it_was_trained_on_is_told_from_what_it_was_not(own: fastsd.Autoencoder, pipe: fastsd.Pipeline) -> None:
-    """The use as an anomaly score: drawings of the kind that the bundled model was trained on, against noise and stripes."""
+    """The use as an anomaly score: drawings of the kind that the small model was trained on, against noise and stripes."""
     prompts = ["a red circle", "a large blue square on a white background"]
     drawings = pipe.generate(prompts, num_inference_steps=10, seed=1).images
     rows = np.arange(64)[:, None, None]
@@ -236,7 +237,7 @@ def test_a_yaml_that_is_not_the_file_s(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no\.yaml is missing"):
         fastsd.Autoencoder(path, original_config=tmp_path / "no.yaml")
     with pytest.raises(ParameterError, match="original_config: is for single files"):
-        fastsd.Autoencoder(oracle.BUNDLED, original_config=KL["two levels"])
+        fastsd.Autoencoder(SMALL_MODEL, original_config=KL["two levels"])
 
 
 @torch.inference_mode()
@@ -266,9 +267,9 @@ def test_what_cannot_be_opened(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no autoencoder"):
         fastsd.Autoencoder.from_pretrained(tmp_path)
     with pytest.raises(ParameterError, match="dtype: 'int8' is unknown"):
-        fastsd.Autoencoder(oracle.BUNDLED, dtype="int8")
+        fastsd.Autoencoder(SMALL_MODEL, dtype="int8")
     with pytest.raises(ParameterError, match="variant: must be a string"):
-        fastsd.Autoencoder(oracle.BUNDLED, variant=16)
+        fastsd.Autoencoder(SMALL_MODEL, variant=16)
 
 
 def test_it_is_exported_and_costs_nothing_until_it_is_asked_for() -> None:
@@ -313,7 +314,7 @@ def test_arguments(own: fastsd.Autoencoder, codebook: tuple[diffusers.VQModel, f
 
 
 def test_an_fp16_overflow_is_computed_again_in_fp32(caplog: pytest.LogCaptureFixture) -> None:
-    half, full = (fastsd.Autoencoder(oracle.BUNDLED, **PLAIN | {"dtype": name}) for name in ("float16", "float32"))
+    half, full = (fastsd.Autoencoder(SMALL_MODEL, **PLAIN | {"dtype": name}) for name in ("float16", "float32"))
     for net in (half, full):
         with torch.no_grad():
             net.vae.decoder.conv_in.weight *= 3e4

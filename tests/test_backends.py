@@ -14,6 +14,7 @@ from fastsd.kernels import gemm, tuned
 from fastsd.ops import REFERENCE, StepRow
 from tests.kernels.case import DEVICE, draw
 from tests.oracle import assert_same_picture
+from tests.small_model import SMALL_MODEL
 
 CPU = torch.device("cpu")
 
@@ -98,7 +99,7 @@ def test_sampler_step(rescale: float | None, noisy: bool) -> None:
 def test_a_picture_on_the_kernels(pipe: fastsd.Pipeline) -> None:
     """The whole way, from `backend="triton"` on: strides, layouts and dtypes as the pipeline really hands them over."""
     arguments: dict[str, Any] = {"height": 16, "width": 16, "num_inference_steps": 1, "guidance_scale": 1.0, "seed": 3}
-    ours = fastsd.Pipeline(device=DEVICE, dtype="float32", backend="triton")
+    ours = fastsd.Pipeline(SMALL_MODEL, device=DEVICE, dtype="float32", backend="triton")
     drawn, expected = (one.generate("a blue square", output_type="np", **arguments).images for one in (ours, pipe))
     assert_same_picture(drawn, expected, "on the kernels")
 
@@ -107,6 +108,6 @@ def test_ops_of_ones_own_mixing() -> None:
     """How an error is bisected: one op swapped, and it is that op that runs."""
     calls = []
     counted = replace(REFERENCE, geglu=lambda *arguments: calls.append(1) or REFERENCE.geglu(*arguments))
-    mixed = fastsd.Pipeline(device="cpu", backend=counted)
+    mixed = fastsd.Pipeline(SMALL_MODEL, device="cpu", backend=counted)
     mixed.generate("a blue square", num_inference_steps=1, seed=3)
     assert calls

@@ -19,6 +19,7 @@ from fastsd.ops import REFERENCE, StepRow, guide
 from fastsd.sampling import SAMPLERS, make_table
 from tests import oracle
 from tests.measured import measured
+from tests.small_model import SMALL_MODEL
 from tests.tolerances import DENOISED, DENOISED_TWIN
 
 PROMPT = "a large red circle in the center on a white background"
@@ -124,7 +125,7 @@ class Spy:
 def spied() -> tuple[fastsd.Pipeline, Spy]:
     spy = Spy()
     ops = replace(REFERENCE, step_input=spy.step_input, sampler_step=spy.sampler_step)
-    return fastsd.Pipeline(device="cpu", backend=ops), spy
+    return fastsd.Pipeline(SMALL_MODEL, device="cpu", backend=ops), spy
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -211,7 +212,7 @@ def test_latents_that_are_not_finite_are_refused(pipe: fastsd.Pipeline, value: f
 
 
 def test_what_the_unet_spoilt_is_not_the_callbacks_fault() -> None:
-    broken = fastsd.Pipeline(device="cpu", backend="reference")
+    broken = fastsd.Pipeline(SMALL_MODEL, device="cpu", backend="reference")
     with torch.no_grad():
         broken.unet.conv_out.bias.fill_(torch.nan)
     with pytest.raises(NumericsError, match="unet: a non-finite value at step 1"):

@@ -21,9 +21,10 @@ import fastsd
 import fastsd.environment
 from fastsd import cli
 from fastsd.errors import CheckpointError, NumericsError, ParameterError, PromptError
+from fastsd.pipeline import BUNDLED
 from fastsd.sampling import SAMPLERS, canonical_sampler, canonical_schedule
+from tests.small_model import SMALL_MODEL
 
-BUNDLED = Path(fastsd.__file__).parent / "assets" / "shapes-64"
 SOURCE = Path(fastsd.__file__).parents[1]
 
 
@@ -438,7 +439,7 @@ def test_the_process_draws_what_the_library_draws(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["plms", "euler_ancestral"])
 def test_the_same_command_writes_the_same_bytes(tmp_path: Path, method: str) -> None:
-    command = ("generate", "-p", "a red circle", "--steps", "2", "-s", "5", "-q", "-m", str(BUNDLED))
+    command = ("generate", "-p", "a red circle", "--steps", "2", "-s", "5", "-q", "-m", str(SMALL_MODEL))
     command += ("--sampling-method", method)
     for name in ("a.png", "b.png"):
         result = run(*command, "-o", name, cwd=tmp_path)

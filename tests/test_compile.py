@@ -31,7 +31,7 @@ from fastsd.errors import ParameterError
 from fastsd.kernels import tuned
 from fastsd.kernels.launch import Launch
 from fastsd.ops import REFERENCE, Ops
-from fastsd.pipeline import BUNDLED
+from tests.small_model import SMALL_MODEL
 
 # An sm_90 that is only named, and the kernels' wrappers on tensors that are on no GPU: a launch ends at Triton's cache.
 STAND_IN = """
@@ -68,7 +68,7 @@ def environment(cache: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of one level and one layer: the bundled one's folder, its JSON made smaller."""
+    """A model of one level and one layer: the small one's folder, its JSON made smaller."""
     folder = tmp_path_factory.mktemp("micro")
     changes: dict[str, dict[str, Any]] = {
         "text_encoder": {"num_hidden_layers": 1},
@@ -81,8 +81,8 @@ def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
             **{"down_block_types": ["DownEncoderBlock2D"], "up_block_types": ["UpDecoderBlock2D"]},
         },
     }
-    for path in BUNDLED.rglob("*"):
-        target = folder / path.relative_to(BUNDLED)
+    for path in SMALL_MODEL.rglob("*"):
+        target = folder / path.relative_to(SMALL_MODEL)
         if path.is_dir():
             target.mkdir()
         elif path.name == "config.json":
@@ -143,7 +143,7 @@ fastsd.pipeline.select_ops = lambda *_: backends.triton_ops()
 pipe = fastsd.pipeline.Pipeline(device='cpu', dtype='float16')
 for sampler, steps, guidance in (('euler', 20, 7.5), ('dpmpp_2m', 3, 1.0), ('ddim', 2, 2.0)):
     pipe.generate('a star', num_inference_steps=steps, guidance_scale=guidance, sampler=sampler, eta=1.0, seed=0)
-pipe.encode_image(torch.zeros(64, 64, 3).numpy())
+pipe.encode_image(torch.zeros(128, 128, 3).numpy())
 print(len(planned), len(asked), *sorted(name for name, _ in asked - planned))
 asked.clear()
 pipe.generate('a star', num_inference_steps=2, tiling='x')
@@ -218,14 +218,14 @@ def started(outside: Path, monkeypatch: pytest.MonkeyPatch) -> list[Target]:
 
 
 def drawing(monkeypatch: pytest.MonkeyPatch, ops: str = "triton", device: str = "cuda") -> fastsd.Pipeline:
-    """The bundled model on plain PyTorch, which goes by another name, and believes itself elsewhere where it compiles."""
+    """The small model on plain PyTorch, which goes by another name, and believes itself elsewhere where it compiles."""
 
     def elsewhere(nets: Any, ops: Ops, _: torch.device, *rest: Any, **options: Any) -> None:
         real(nets, ops, torch.device(device), *rest, **options)
 
     real: Callable[..., None] = compiling.prepare
     monkeypatch.setattr(compiling, "prepare", elsewhere)
-    return fastsd.Pipeline(device="cpu", backend=replace(REFERENCE, name=ops))
+    return fastsd.Pipeline(SMALL_MODEL, device="cpu", backend=replace(REFERENCE, name=ops))
 
 
 def test_a_fresh_process_compiles_what_the_cache_lacks(

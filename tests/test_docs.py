@@ -87,8 +87,8 @@ def write_autoencoders(path: Path) -> None:
     vq_model(VQ["vq-f8"]).save_pretrained(path / "vq-model" / "vae")
     edit_json(path / "vq-model" / "model_index.json", vae=["diffusers", "VQModel"])
     shutil.copytree(BUNDLED / "vae", path / "vae-folder")
-    blocks = {f"{part}_block_out_channels": (64,) * 3 for part in ("encoder", "decoder")}
-    tiny = diffusers.AutoencoderTiny(**blocks, num_encoder_blocks=(1, 3, 3), num_decoder_blocks=(3, 3, 1))
+    blocks = {f"{part}_block_out_channels": (64,) * 4 for part in ("encoder", "decoder")}
+    tiny = diffusers.AutoencoderTiny(**blocks, num_encoder_blocks=(1, 3, 3, 3), num_decoder_blocks=(3, 3, 3, 1))
     save(tiny.state_dict(), path / "taesd.safetensors")
 
 

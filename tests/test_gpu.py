@@ -10,6 +10,7 @@ import torch
 import fastsd
 from fastsd.errors import OutOfMemoryError
 from tests.oracle import psnr
+from tests.small_model import SMALL_MODEL
 from tests.test_graph import CHANGES, draw
 from tests.tolerances import HALF_PSNR, IMAGE_PSNR, NET
 
@@ -21,7 +22,7 @@ ARGUMENTS: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 4.0, "
 
 @pytest.fixture(scope="module")
 def on_gpu() -> fastsd.Pipeline:
-    return fastsd.Pipeline(device="cuda", dtype="float32", backend="reference")
+    return fastsd.Pipeline(SMALL_MODEL, device="cuda", dtype="float32", backend="reference")
 
 
 @pytest.fixture(autouse=True)
@@ -42,14 +43,14 @@ def test_a_seed_draws_on_the_gpu_what_it_draws_on_the_cpu(
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize(("dtype", "least"), HALF_PSNR.items())
 def test_half_precision_pictures(pipe: fastsd.Pipeline, backend: str, dtype: str, least: float) -> None:
-    half = fastsd.Pipeline(device="cuda", dtype=dtype, backend=backend)
+    half = fastsd.Pipeline(SMALL_MODEL, device="cuda", dtype=dtype, backend=backend)
     quality = psnr(half.generate(PROMPT, seed=3, **ARGUMENTS).images, pipe.generate(PROMPT, seed=3, **ARGUMENTS).images)
     assert quality >= least, f"{dtype}: {quality:.1f} dB against fp32 on the CPU"
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "plms", "dpmpp_2m", "euler", "euler_ancestral", "ddpm"])
 def test_the_kernels_draw_what_the_reference_draws(pipe: fastsd.Pipeline, sampler: str) -> None:
-    ours = fastsd.Pipeline(device="cuda", dtype="float32", backend="triton")
+    ours = fastsd.Pipeline(SMALL_MODEL, device="cuda", dtype="float32", backend="triton")
     expected = pipe.generate(PROMPT, seed=3, sampler=sampler, **ARGUMENTS).images
     assert psnr(ours.generate(PROMPT, seed=3, sampler=sampler, **ARGUMENTS).images, expected) >= IMAGE_PSNR
 
@@ -103,8 +104,8 @@ def test_running_out_of_memory_leaves_the_next_call_whole(on_gpu: fastsd.Pipelin
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_pictures_from_graphs_equal_eager_ones(backend: str) -> None:
     """Bit by bit: the first, which runs eagerly, those after it, and whatever changes from one to the next."""
-    eager = fastsd.Pipeline(device="cuda", backend=backend, graphs=False)
-    ours = fastsd.Pipeline(device="cuda", backend=backend)
+    eager = fastsd.Pipeline(SMALL_MODEL, device="cuda", backend=backend, graphs=False)
+    ours = fastsd.Pipeline(SMALL_MODEL, device="cuda", backend=backend)
     assert ours.graphs is not None
     for name, change in [*CHANGES.items()] * 3:
         assert np.array_equal(draw(ours, **change), draw(eager, **change)), (
@@ -120,7 +121,7 @@ def test_pictures_from_graphs_equal_eager_ones(backend: str) -> None:
 
 def test_a_replayed_step_allocates_nothing() -> None:
     """Memory is asked for before the loop and after it, however many steps there are."""
-    pipe = fastsd.Pipeline(device="cuda", backend="triton")
+    pipe = fastsd.Pipeline(SMALL_MODEL, device="cuda", backend="triton")
 
     def allocations(steps: int) -> int:
         before = torch.cuda.memory_stats()["allocation.all.allocated"]
@@ -134,7 +135,7 @@ def test_a_replayed_step_allocates_nothing() -> None:
 
 def test_weights_changed_under_live_graphs() -> None:
     """The packed copies are refilled where the graphs read them: another picture, and the first one back to the bit."""
-    pipe = fastsd.Pipeline(device="cuda", backend="triton")
+    pipe = fastsd.Pipeline(SMALL_MODEL, device="cuda", backend="triton")
     first = [draw(pipe) for _ in range(3)][-1]
     net = pipe.unet.mid_block
     weights = [

@@ -15,6 +15,7 @@ import fastsd
 from fastsd.denoise import Denoiser
 from fastsd.graph import Graphs, capture
 from tests.oracle import assert_equal
+from tests.small_model import SMALL_MODEL
 
 PROMPT = "a large red circle in the center on a white background"
 
@@ -148,7 +149,7 @@ def test_capture_alone() -> None:
 
 @pytest.fixture
 def replayed() -> tuple[fastsd.Pipeline, Graphs, StandIn]:
-    pipe, api = fastsd.Pipeline(device="cpu", backend="reference"), StandIn()
+    pipe, api = fastsd.Pipeline(SMALL_MODEL, device="cpu", backend="reference"), StandIn()
     pipe.graphs = Graphs(api, 10_000)
     pipe._denoiser = Denoiser(pipe.unet, pipe.ops, pipe.graphs)
     return pipe, pipe.graphs, api

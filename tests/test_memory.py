@@ -18,9 +18,10 @@ from fastsd.ops import REFERENCE
 from fastsd.result import Result
 from fastsd.vae_tiles import tiled
 from tests import oracle
+from tests.small_model import SMALL_MODEL
 from tests.tolerances import IMAGE_PSNR
 
-SIDE = 16  # latents of a tile of the bundled model, whose pictures of 64x64 pixels it was trained on
+SIDE = 16  # latents of a tile of the small model, whose pictures of 64x64 pixels it was trained on
 TILE = 64 * 64 * 16  # elements of the largest input of `Ops.conv2d` while one tile goes through the VAE
 TILED = "vae: tiled, after running out of memory"
 APART = "vae: one picture at a time, after running out of memory"
@@ -63,7 +64,7 @@ def memory(shared: Memory) -> Memory:
 
 @pytest.fixture(scope="module")
 def poor(shared: Memory) -> fastsd.Pipeline:
-    return fastsd.Pipeline(device="cpu", backend=replace(REFERENCE, conv2d=shared.conv2d))
+    return fastsd.Pipeline(SMALL_MODEL, device="cpu", backend=replace(REFERENCE, conv2d=shared.conv2d))
 
 
 def latents(batch: int, height: int, width: int) -> Tensor:
@@ -212,7 +213,7 @@ def test_a_second_failure_is_an_error_and_the_next_call_works(
 def test_the_retry_in_fp32_is_tiled_as_well(memory: Memory) -> None:
     """bf16 overflows, and fp32 takes more memory than there is."""
     ops = replace(REFERENCE, conv2d=memory.conv2d)
-    half = fastsd.Pipeline(device="cpu", dtype="bfloat16", backend=ops)
+    half = fastsd.Pipeline(SMALL_MODEL, device="cpu", dtype="bfloat16", backend=ops)
     x = oracle.nhwc(latents(1, 20, 16))
     memory.spoil = torch.bfloat16
     memory.limit = TILE

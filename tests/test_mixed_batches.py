@@ -14,6 +14,7 @@ from fastsd.errors import FastSDError, NumericsError, OutOfMemoryError, Paramete
 from fastsd.graph import Graphs
 from fastsd.result import Result
 from tests.measured import measured
+from tests.small_model import SMALL_MODEL
 from tests.test_graph import StandIn
 from tests.test_modes import half_mask, picture
 from tests.tolerances import MIXED_BATCH
@@ -67,7 +68,7 @@ def test_each_gets_what_it_gets_alone(pipe: fastsd.Pipeline, alone: dict[str, Re
 
 
 def test_a_captured_step_serves_any_mixture(pipe: fastsd.Pipeline, alone: dict[str, Result]) -> None:
-    replayed, api = fastsd.Pipeline(device="cpu", backend="reference"), StandIn()
+    replayed, api = fastsd.Pipeline(SMALL_MODEL, device="cpu", backend="reference"), StandIn()
     replayed.graphs = Graphs(api, 10_000)
     replayed._denoiser = Denoiser(replayed.unet, replayed.ops, replayed.graphs)
     mixtures = [["ddim", "from an image"], ["ancestral", "ddim"], ["SDE, another eta", "a variation"]]
@@ -102,7 +103,7 @@ class Counting(torch.nn.Module):
 
 @pytest.fixture
 def counted() -> tuple[fastsd.Pipeline, Counting]:
-    pipe = fastsd.Pipeline(device="cpu", backend="reference")
+    pipe = fastsd.Pipeline(SMALL_MODEL, device="cpu", backend="reference")
     unet = Counting(pipe.unet)
     pipe._denoiser = Denoiser(unet, pipe.ops, None)  # type: ignore[arg-type]
     return pipe, unet

@@ -18,6 +18,7 @@ from fastsd.sampling import SAMPLERS, NoiseSchedule, Table, make_table
 from tests import oracle
 from tests.oracle import assert_same_picture
 from tests.sampling import sampler_cases
+from tests.small_model import SMALL_MODEL
 from tests.test_graph import StandIn
 from tests.tolerances import NOISE_LEVEL
 
@@ -52,8 +53,8 @@ def theirs(path: Path, mode: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def their_pipes(bundled: Path) -> dict[str, Any]:
-    return {mode: theirs(bundled, mode) for mode in PIPELINES}
+def their_pipes(small_model: Path) -> dict[str, Any]:
+    return {mode: theirs(small_model, mode) for mode in PIPELINES}
 
 
 def with_scheduler(pipe: Any, sampler: str, schedule: str) -> Any:
@@ -62,7 +63,7 @@ def with_scheduler(pipe: Any, sampler: str, schedule: str) -> Any:
     options = dict(info.diffusers_options) | {"use_karras_sigmas": schedule == "karras"}
     if sampler == "plms":
         options["skip_prk_steps"] = True  # else diffusers' first steps are Runge-Kutta's
-    config = json.loads((fastsd.pipeline.BUNDLED / "scheduler" / "scheduler_config.json").read_text())
+    config = json.loads((SMALL_MODEL / "scheduler" / "scheduler_config.json").read_text())
     scheduler_class = getattr(diffusers, info.diffusers_class)
     pipe.scheduler = scheduler_class.from_config({k: v for k, v in config.items() if k[0] != "_"}, **options)
     return pipe

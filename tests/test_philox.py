@@ -142,7 +142,7 @@ def test_wrong_arguments(pipe: fastsd.Pipeline, arguments: dict[str, Any], messa
 
 
 def test_where_gpus_differ_one_is_told(pipe: fastsd.Pipeline) -> None:
-    """512x512 of the bundled model are 65,536 numbers."""
+    """512x512 of the small model are 65,536 numbers."""
     notes = {}
     for pixels in (64, 512):
         [asked] = check_requests([{"prompt": RED, "rng": "gpu", "height": pixels, "width": pixels}], pipe.generate)

@@ -24,6 +24,7 @@ from fastsd.errors import (
     PromptError,
 )
 from tests import oracle
+from tests.small_model import SMALL_MODEL
 from tests.tolerances import BATCH_LEVELS, BATCH_SHARE, HALF_PSNR, IMAGE_PSNR, RECONSTRUCTION_PSNR
 
 PROMPT = "a large red circle in the center on a white background"
@@ -80,9 +81,9 @@ _default: list[fastsd.Pipeline] = []
 
 
 def default_pipe() -> fastsd.Pipeline:
-    """The bundled model as a user gets it: every argument on auto."""
+    """As a user gets it: every argument on auto."""
     if not _default:
-        _default.append(fastsd.Pipeline())
+        _default.append(fastsd.Pipeline(SMALL_MODEL))
     return _default[0]
 
 
@@ -95,7 +96,7 @@ def test_the_default_backend_draws_the_reference_picture(pipe: fastsd.Pipeline) 
 @pytest.mark.parametrize(("dtype", "least"), HALF_PSNR.items())
 def test_half_precision_pictures(pipe: fastsd.Pipeline, dtype: str, least: float) -> None:
     """FAULTS' gates for a 20-step picture of a small model."""
-    half = fastsd.Pipeline(dtype=dtype, device="cpu")
+    half = fastsd.Pipeline(SMALL_MODEL, dtype=dtype, device="cpu")
     arguments: dict[str, Any] = {"num_inference_steps": 20, "seed": 4, "guidance_scale": 4.0, "output_type": "np"}
     quality = oracle.psnr(half.generate(PROMPT, **arguments).images, pipe.generate(PROMPT, **arguments).images)
     assert quality >= least, f"{dtype}: {quality:.1f} dB against fp32"
@@ -157,7 +158,7 @@ def test_ten_calls_give_the_same_bits(pipe: fastsd.Pipeline) -> None:
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_threads_on_one_pipeline_give_what_serial_gives(backend: str) -> None:
-    shared = fastsd.Pipeline(device="cpu", backend=backend)
+    shared = fastsd.Pipeline(SMALL_MODEL, device="cpu", backend=backend)
     requests: list[dict[str, Any]] = [
         {"prompt": PROMPT, "seed": 1, "sampler": "ddim"},
         {"prompt": "a blue star on a black background", "seed": 2, "sampler": "euler_ancestral", "width": 96},
@@ -412,18 +413,18 @@ def test_a_pipeline_that_cannot_be_made_says_why(arguments: dict[str, Any], says
     ],
 )
 def test_parts_that_do_not_fit_each_other(
-    bundled: Path, tmp_path: Path, file: str, key: str, value: int, says: str
+    small_model: Path, tmp_path: Path, file: str, key: str, value: int, says: str
 ) -> None:
     """Folders put together from several models: said from the configs, before any weight is read."""
-    shutil.copytree(bundled, tmp_path / "mixed")
+    shutil.copytree(small_model, tmp_path / "mixed")
     config = tmp_path / "mixed" / file
     config.write_text(json.dumps(json.loads(config.read_text()) | {key: value}))
     with pytest.raises(CheckpointError, match=says):
         fastsd.Pipeline(tmp_path / "mixed")
 
 
-def test_a_non_finite_latent_names_the_stage_and_the_step(bundled: Path) -> None:
-    broken = fastsd.Pipeline(device="cpu", backend="reference")
+def test_a_non_finite_latent_names_the_stage_and_the_step(small_model: Path) -> None:
+    broken = fastsd.Pipeline(SMALL_MODEL, device="cpu", backend="reference")
 
     def poison(_: Any, step: int, *__: Any) -> None:
         if step == 1:
@@ -435,7 +436,7 @@ def test_a_non_finite_latent_names_the_stage_and_the_step(bundled: Path) -> None
 
 def test_a_vae_that_overflows_fp16_is_decoded_again_in_fp32() -> None:
     """As SD checkpoints are known to: activations beyond 65504 in the decoder, with a picture well in range."""
-    half = fastsd.Pipeline(device="cpu", dtype="float16", backend="reference")
+    half = fastsd.Pipeline(SMALL_MODEL, device="cpu", dtype="float16", backend="reference")
     with torch.no_grad():
         half.vae.decoder.conv_in.weight *= 3e4  # GroupNorm divides it out again
         half.vae.decoder.conv_in.bias *= 3e4
@@ -446,7 +447,7 @@ def test_a_vae_that_overflows_fp16_is_decoded_again_in_fp32() -> None:
 
 
 def test_a_vae_that_gives_nan_in_fp32_too_is_an_error() -> None:
-    broken = fastsd.Pipeline(device="cpu", dtype="bfloat16")
+    broken = fastsd.Pipeline(SMALL_MODEL, device="cpu", dtype="bfloat16")
     with torch.no_grad():
         broken.vae.decoder.conv_out.bias.fill_(float("nan"))
     with pytest.raises(NumericsError, match="vae"):
@@ -479,7 +480,7 @@ def test_decode_latents_takes_any_size(pipe: fastsd.Pipeline) -> None:
 
 
 def test_an_encoder_that_gives_nan_is_an_error() -> None:
-    broken = fastsd.Pipeline(device="cpu")
+    broken = fastsd.Pipeline(SMALL_MODEL, device="cpu")
     with torch.no_grad():
         broken.vae.encoder.conv_out.bias.fill_(NAN)
     with pytest.raises(NumericsError, match="vae: encode"):
@@ -491,7 +492,7 @@ def test_an_encoder_that_gives_nan_is_an_error() -> None:
 )
 def test_running_out_of_memory_says_what_would_need_less(message: str | None) -> None:
     """The allocators' own errors: the CPU's is a bare RuntimeError, CUDA's a class of its own."""
-    full = fastsd.Pipeline(device="cpu")
+    full = fastsd.Pipeline(SMALL_MODEL, device="cpu")
     error = torch.OutOfMemoryError("CUDA out of memory") if message is None else RuntimeError(message)
 
     def run_out(*_: Any) -> None:
@@ -552,8 +553,8 @@ def test_what_comes_back_may_be_changed_and_trained_on(pipe: fastsd.Pipeline) ->
 def test_weights_changed_in_place_are_seen_even_if_loaded_in_inference_mode(pipe: fastsd.Pipeline) -> None:
     """The packed copies must follow: a LoRA is merged in place."""
     with torch.inference_mode():
-        packed = fastsd.Pipeline(device="cpu")
-    plain = fastsd.Pipeline(device="cpu", backend="reference")
+        packed = fastsd.Pipeline(SMALL_MODEL, device="cpu")
+    plain = fastsd.Pipeline(SMALL_MODEL, device="cpu", backend="reference")
     for each in (packed, plain):
         each.generate(PROMPT, seed=1, **FAST)
         with torch.no_grad():
@@ -573,10 +574,10 @@ def test_context_is_projected_once_a_prompt(pipe: fastsd.Pipeline, monkeypatch: 
 
 @pytest.mark.parametrize("spelling", ["{}/", "{}/../shapes-64", "./shapes-64"])
 def test_a_local_path_never_reaches_a_files_metadata(
-    bundled: Path, spelling: str, monkeypatch: pytest.MonkeyPatch
+    small_model: Path, spelling: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(bundled.parent)
-    named = fastsd.Pipeline(spelling.format(bundled))
+    monkeypatch.chdir(small_model.parent)
+    named = fastsd.Pipeline(spelling.format(small_model))
     assert ", Model: shapes-64, " in named.generate(PROMPT, num_inference_steps=1).parameters[0]
 
 

@@ -40,11 +40,11 @@ def generators(seeds: list[int]) -> list[torch.Generator]:
 
 
 @pytest.mark.parametrize("case", SAMPLERS)
-def test_every_sampler_on_the_trained_model(pipe: fastsd.Pipeline, bundled: Path, case: str) -> None:
+def test_every_sampler_on_the_trained_model(pipe: fastsd.Pipeline, small_model: Path, case: str) -> None:
     """The noise is the same too: image i draws latents and step noise from its own generator in diffusers' order."""
     scheduler, options, arguments = SAMPLERS[case]
     sampler, _, schedule = case.split(",")[0].partition(" ")
-    theirs = with_scheduler(oracle.load_pipeline(bundled), scheduler, options)
+    theirs = with_scheduler(oracle.load_pipeline(small_model), scheduler, options)
     expected = theirs(PROMPT, num_inference_steps=20, generator=generators([11]), output_type="np", **arguments)
     ours = pipe.generate(
         PROMPT,

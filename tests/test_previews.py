@@ -17,6 +17,7 @@ from fastsd.errors import CheckpointError, NumericsError, ParameterError
 from fastsd.previews import Previewer
 from tests import oracle
 from tests.measured import measured
+from tests.small_model import SMALL_MODEL
 from tests.tolerances import PREVIEW_EARLY_PSNR, PREVIEW_PSNR, PREVIEW_TAESD_LEVELS
 
 DRAWINGS = [
@@ -31,7 +32,7 @@ FAST: dict[str, Any] = {"num_inference_steps": 6, "seed": 7, "guidance_scale": 4
 
 @pytest.fixture(scope="module")
 def drawn(pipe: fastsd.Pipeline) -> Tensor:
-    """Latents of the bundled model's own drawings."""
+    """Latents of the small model's own drawings."""
     return pipe.generate(
         DRAWINGS, num_inference_steps=12, seed=5, sampler="dpmpp_2m", guidance_scale=4.0, output_type="latent"
     ).images
@@ -39,7 +40,7 @@ def drawn(pipe: fastsd.Pipeline) -> Tensor:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[diffusers.AutoencoderTiny, Path]:
-    """An AutoencoderTiny of the bundled model's factor, with random weights; and its file."""
+    """An AutoencoderTiny of the small model's factor, with random weights; and its file."""
     levels: dict[str, Any] = {"encoder_block_out_channels": (64,) * 3, "decoder_block_out_channels": (64,) * 3}
     net = diffusers.AutoencoderTiny(**levels, num_encoder_blocks=(1, 3, 3), num_decoder_blocks=(3, 3, 1))
     folder = tmp_path_factory.mktemp("taesd")
@@ -74,7 +75,7 @@ def test_the_vae_is_asked_once(pipe: fastsd.Pipeline, drawn: Tensor, monkeypatch
 
 def test_the_map_is_not_on_the_callers_default_device(pipe: fastsd.Pipeline, drawn: Tensor) -> None:
     expected = unit(pipe.preview(drawn))
-    other = fastsd.Pipeline(device="cpu")
+    other = fastsd.Pipeline(SMALL_MODEL, device="cpu")
     with torch.device("meta"):
         found = unit(other.preview(drawn))
     assert np.array_equal(found, expected)
@@ -106,7 +107,7 @@ def test_taesd_equals_diffusers(
 
 
 def test_in_half_precision(pipe: fastsd.Pipeline, drawn: Tensor, tiny: tuple[diffusers.AutoencoderTiny, Path]) -> None:
-    half = fastsd.Pipeline(device="cpu", dtype="bfloat16", backend="reference")
+    half = fastsd.Pipeline(SMALL_MODEL, device="cpu", dtype="bfloat16", backend="reference")
     for taesd in (None, tiny[1]):
         psnr = oracle.psnr(unit(half.preview(drawn, taesd)), unit(pipe.preview(drawn, taesd)))
         assert psnr > 30, f"{taesd}: {psnr:.1f} dB from fp32"
@@ -149,7 +150,7 @@ def test_an_exception_cancels_and_reaches_the_caller(pipe: fastsd.Pipeline) -> N
 
 
 def test_latents_that_are_not_finite_are_not_shown() -> None:
-    broken = fastsd.Pipeline(device="cpu", backend="reference")
+    broken = fastsd.Pipeline(SMALL_MODEL, device="cpu", backend="reference")
     with torch.no_grad():
         broken.unet.conv_out.bias.fill_(torch.nan)
     shown: list[int] = []
@@ -196,7 +197,7 @@ def test_bad_arguments_are_told_before_the_drawing(
 
 def run(folder: Path, *arguments: str) -> Any:
     output = ["-o", str(folder / "out.png"), "--steps", "2", "-s", "7"]
-    return CliRunner().invoke(cli.app, ["generate", "-p", RED, *output, *arguments])
+    return CliRunner().invoke(cli.app, ["generate", "-m", str(SMALL_MODEL), "-p", RED, *output, *arguments])
 
 
 @pytest.mark.parametrize("with_taesd", [False, True])

@@ -18,6 +18,7 @@ import fastsd
 from fastsd import prompt_cache
 from fastsd.errors import FastSDError, ParameterError, PromptError
 from tests import oracle, prompt_reference
+from tests.small_model import SMALL_MODEL
 from tests.tolerances import NET
 
 PROMPT = "a large red circle in the center on a white background"
@@ -86,15 +87,15 @@ def random_pipe(random_model: Path) -> fastsd.Pipeline:
     return fastsd.Pipeline(random_model, device="cpu", backend="reference")
 
 
-def test_the_trained_models_too(pipe: fastsd.Pipeline, bundled: Path) -> None:
+def test_the_trained_models_too(pipe: fastsd.Pipeline, small_model: Path) -> None:
     for prompt in (PROMPTS["weights"], PROMPTS["break"]):
         ours = pipe.encode_prompt(prompt, prompt_style="a1111")
-        oracle.assert_close(ours, direct(bundled, prompt).float(), NET, prompt)
+        oracle.assert_close(ours, direct(small_model, prompt).float(), NET, prompt)
 
 
-def test_padding_with_another_token(bundled: Path, tmp_path: Path) -> None:
+def test_padding_with_another_token(small_model: Path, tmp_path: Path) -> None:
     """SD 2 ends a prompt with one token and pads with another, 0."""
-    shutil.copytree(bundled, tmp_path / "model")
+    shutil.copytree(small_model, tmp_path / "model")
     config = tmp_path / "model" / "tokenizer" / "tokenizer_config.json"
     names = config.with_name("special_tokens_map.json")
     for path in (config, names):
@@ -125,13 +126,13 @@ def test_short_prompts_without_syntax_are_the_same_bits_in_both_styles(
     assert torch.equal(plain, other)
 
 
-def test_prompts_of_a_call_are_as_long_as_the_longest(pipe: fastsd.Pipeline, bundled: Path) -> None:
+def test_prompts_of_a_call_are_as_long_as_the_longest(pipe: fastsd.Pipeline, small_model: Path) -> None:
     together = pipe.encode_prompt([PROMPT, LONG, PROMPT], prompt_style="a1111")
     assert together.shape == (3, 154, 128)
     assert torch.equal(together[0], together[2])
     assert torch.equal(together[1:2], pipe.encode_prompt(LONG, prompt_style="a1111"))
     assert torch.equal(together[0], pipe.encode_prompt([PROMPT, ""]).flatten(0, 1)), "filled up with empty prompts"
-    oracle.assert_close(together[:1], direct(bundled, PROMPT, chunks=2).float(), NET, "a prompt and an empty chunk")
+    oracle.assert_close(together[:1], direct(small_model, PROMPT, chunks=2).float(), NET, "a prompt and an empty chunk")
 
 
 # In generate ----------------------------------------------------------------------------------------------------------
@@ -149,13 +150,13 @@ def test_both_sides_of_guidance_have_one_length(pipe: fastsd.Pipeline, prompt: s
 
 
 def test_pictures_of_long_and_weighted_prompts_equal_diffusers(
-    pipe: fastsd.Pipeline, diffusers_pipe: Any, bundled: Path
+    pipe: fastsd.Pipeline, diffusers_pipe: Any, small_model: Path
 ) -> None:
     """diffusers has no such syntax; it is given the direct computation's embeddings."""
     prompt, negative = f"(a red circle:1.3) BREAK {LONG}", "[a moon]"
     expected = diffusers_pipe(
-        prompt_embeds=direct(bundled, prompt).float(),
-        negative_prompt_embeds=direct(bundled, negative, chunks=3).float(),
+        prompt_embeds=direct(small_model, prompt).float(),
+        negative_prompt_embeds=direct(small_model, negative, chunks=3).float(),
         num_inference_steps=4,
         generator=[torch.Generator().manual_seed(5)],
         output_type="np",
@@ -292,7 +293,7 @@ class Counted:
 
 @pytest.fixture(scope="module")
 def own_pipe() -> fastsd.Pipeline:
-    return fastsd.Pipeline(device="cpu", backend="reference")
+    return fastsd.Pipeline(SMALL_MODEL, device="cpu", backend="reference")
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from fastsd.prompt_chunks import BACKTRACK, MAX_CHUNKS, Token, a1111_chunks, spl
 from fastsd.prompt_syntax import parse
 from fastsd.tokenizer import Tokenizer
 from tests import prompt_reference
-from tests.oracle import BUNDLED
+from tests.small_model import SMALL_MODEL
 
 Sections = list[list[tuple[str, float]]]
 
@@ -184,7 +184,7 @@ def test_chunks_are_what_the_rules_say(sections: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.from_folder(BUNDLED / "tokenizer")
+    return Tokenizer.from_folder(SMALL_MODEL / "tokenizer")
 
 
 def test_a_chunk_is_framed_and_what_frames_it_weighs_1(tokenizer: Tokenizer) -> None:

@@ -16,6 +16,7 @@ from fastsd.metadata import parse_parameters
 from fastsd.prompt_tags import LoraTag, tag_name, take_tags, with_prompt, with_tags, without_tags
 from tests.adapter_builders import kohya_lora, save
 from tests.oracle import assert_equal
+from tests.small_model import SMALL_MODEL
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,7 @@ def test_the_prompt_is_written_as_it_was_given(prompt: str, drawn: str, written:
 @pytest.fixture(scope="module")
 def loras(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `ink`, and `wash` in a folder of its own."""
-    pipe, folder = fastsd.Pipeline(device="cpu"), tmp_path_factory.mktemp("loras")
+    pipe, folder = fastsd.Pipeline(SMALL_MODEL, device="cpu"), tmp_path_factory.mktemp("loras")
     save(kohya_lora(pipe, ("to_q", "fc1")), folder / "ink.safetensors")
     (folder / "more").mkdir()
     save(kohya_lora(pipe, ("to_v", "conv1"), seed=1), folder / "more" / "wash.safetensors")
@@ -151,7 +152,21 @@ def loras(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def generate(out: Path, prompt: str, *arguments: str, **environment: str):
-    asked = ["generate", "-p", prompt, "--steps", "2", "-s", "3", "-q", "-o", str(out), *arguments]
+    asked = [
+        "generate",
+        "-p",
+        prompt,
+        "--steps",
+        "2",
+        "-s",
+        "3",
+        "-q",
+        "-o",
+        str(out),
+        "-m",
+        str(SMALL_MODEL),
+        *arguments,
+    ]
     return CliRunner(env=environment).invoke(cli.app, asked)
 
 
@@ -164,7 +179,7 @@ def test_tags_load_what_they_name(loras: Path, tmp_path: Path) -> None:
     prompt = "a (red:1.1) circle <lora:ink:0.5:0.25>, <lora:wash>"
     done = generate(tmp_path / "out.png", prompt, "--lora-dir", str(loras))
     assert done.exit_code == 0, done.output
-    pipe = fastsd.Pipeline(device="cpu")
+    pipe = fastsd.Pipeline(SMALL_MODEL, device="cpu")
     pipe.load_lora_weights(loras / "ink.safetensors", "ink")
     pipe.load_lora_weights(loras / "more" / "wash.safetensors", "wash")
     pipe.set_adapters(["ink", "wash"], [{"text_encoder": 0.5, "unet": 0.25}, 1.0])

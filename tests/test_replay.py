@@ -26,6 +26,7 @@ from fastsd.prompt_tags import LoraTag
 from fastsd.replay import find_adapters, find_hashed, read_parameters, read_replay
 from tests.adapter_builders import kohya_lora, save
 from tests.oracle import assert_equal
+from tests.small_model import SMALL_MODEL
 
 WEB_UI = (
     "a (red:1.2) circle, BREAK\nsecond line\n"
@@ -122,8 +123,8 @@ def test_the_command_names_what_it_lacks(pipe: fastsd.Pipeline, tmp_path: Path) 
     done = CliRunner().invoke(cli.app, ["replay", str(path), "-o", str(tmp_path / "out.png")])
     assert done.exit_code == 2
     assert "v1-5-pruned-emaonly (6ce0161689)" in done.stderr
-    bundled = str(fastsd.pipeline.BUNDLED)
-    done = CliRunner().invoke(cli.app, ["replay", str(path), "-m", bundled, "-o", str(tmp_path / "out.png")])
+    small_model = str(SMALL_MODEL)
+    done = CliRunner().invoke(cli.app, ["replay", str(path), "-m", small_model, "-o", str(tmp_path / "out.png")])
     assert done.exit_code == 0, done.output
     for name in ("model (6ce0161689)", "lora:ink (0b1c2d3e4f5a)", "embed:bad-hands (0123456789ab)"):
         assert f"{name} was not found" in done.stderr
@@ -185,14 +186,15 @@ def test_files_are_found_by_their_hashes(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the LoRA `ink` and the embedding `thing`."""
-    pipe, folder = fastsd.Pipeline(device="cpu"), tmp_path_factory.mktemp("adapters")
+    pipe, folder = fastsd.Pipeline(SMALL_MODEL, device="cpu"), tmp_path_factory.mktemp("adapters")
     save(kohya_lora(pipe, ("to_q", "fc1")), folder / "ink.safetensors")
     save({"emb_params": torch.ones(2, pipe.text_encoder.config.hidden_size)}, folder / "thing.safetensors")
     return folder
 
 
 def command(*arguments: str):
-    done = CliRunner().invoke(cli.app, [*arguments, "-q"])
+    model = [] if "-m" in arguments else ["-m", str(SMALL_MODEL)]
+    done = CliRunner().invoke(cli.app, [*arguments, *model, "-q"])
     assert done.exit_code == 0, done.output
     return done
 
@@ -206,7 +208,7 @@ def test_a_picture_with_adapters_is_drawn_again(adapters: Path, tmp_path: Path, 
     elif way == "option":
         command(*asked, "-p", "a large thing", "--lora", f"{adapters / 'ink.safetensors'}:-0.5")
     else:
-        pipe = fastsd.Pipeline()
+        pipe = fastsd.Pipeline(SMALL_MODEL)
         pipe.load_textual_inversion(adapters / "thing.safetensors")
         pipe.load_lora_weights(adapters / "ink.safetensors")
         drawn = pipe.generate("a (large) thing", num_inference_steps=2, seed=9)
@@ -219,9 +221,9 @@ def test_a_picture_with_adapters_is_drawn_again(adapters: Path, tmp_path: Path, 
     assert not np.array_equal(np.asarray(Image.open(again)), np.asarray(Image.open(out))), "they make no difference"
 
 
-def test_a_picture_with_another_vae_is_drawn_again(bundled: Path, tmp_path: Path) -> None:
+def test_a_picture_with_another_vae_is_drawn_again(small_model: Path, tmp_path: Path) -> None:
     out, again, other = tmp_path / "out.png", tmp_path / "again.png", tmp_path / "other.safetensors"
-    convert(bundled, other)
+    convert(small_model, other)
     with safe_open(other, "pt") as file:
         tensors, stored = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
     tensors["first_stage_model.decoder.conv_out.weight"] *= 0.5
@@ -235,7 +237,7 @@ def test_a_picture_with_another_vae_is_drawn_again(bundled: Path, tmp_path: Path
         assert ("vae" in done.stderr) == (option[0] == "--vae"), "a hash that was not looked for is not found"
     missing = command("replay", str(out), "-o", str(again))
     assert f"vae ({fields['vae_hash']}) was not found" in missing.stderr
-    command("generate", "-p", "a red circle", "--steps", "2", "-o", str(out), "--vae", str(bundled / "vae"))
+    command("generate", "-p", "a red circle", "--steps", "2", "-o", str(out), "--vae", str(small_model / "vae"))
     assert "made with vae" in command("replay", str(out), "-o", str(again)).stderr, "a folder has no hash to look for"
 
 
@@ -303,13 +305,13 @@ def test_tags_that_cannot_be_read_are_not_written_again(tmp_path: Path, monkeypa
     tags = "<lora:> <lora:x:y> <lora:ink:0.5>,"
     text = WEB_UI.replace("512x768", "64x64").replace("Steps: 20", "Steps: 2").replace("circle,", f"circle {tags}")
     save_image(Image.new("RGB", (64, 64)), "web.png", text)
-    done = command("replay", "web.png", "-m", str(fastsd.pipeline.BUNDLED))
+    done = command("replay", "web.png", "-m", str(SMALL_MODEL))
     assert "none of its tags is replayed" in done.stderr
     again = read_replay(read_parameters("web-replay.png"))
     assert again.arguments["prompt"] == read_replay(text).arguments["prompt"], "it says what was drawn"
     gone = WEB_UI.replace("512x768", "64x64").replace("Steps: 20", "Steps: 2").replace("circle,", "circle <lora:ink:1>")
     save_image(Image.new("RGB", (64, 64)), "web.png", gone)
-    command("replay", "web.png", "-m", str(fastsd.pipeline.BUNDLED))
+    command("replay", "web.png", "-m", str(SMALL_MODEL))
     assert "<lora" not in read_parameters("web-replay.png"), "it names a LoRA that was not found"
 
 
@@ -317,7 +319,7 @@ def test_a_hypernetwork_is_not_said_of_what_was_drawn_without(tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     text = WEB_UI.replace("512x768", "64x64").replace("Steps: 20", "Steps: 2")
     save_image(Image.new("RGB", (64, 64)), "web.png", text.replace("circle,", "circle <hypernet:old:1>,"))
-    done = command("replay", "web.png", "-m", str(fastsd.pipeline.BUNDLED))
+    done = command("replay", "web.png", "-m", str(SMALL_MODEL))
     assert "old: fastsd runs no hypernetworks" in done.stderr
     assert "hypernet" not in read_parameters("web-replay.png")
 
@@ -337,7 +339,7 @@ def test_a_lora_by_option_and_by_tag(adapters: Path, tmp_path: Path, monkeypatch
 def test_two_loras_of_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In diffusers' folders, which tell them apart, and as files, which a number does."""
     monkeypatch.chdir(tmp_path)
-    pipe = fastsd.Pipeline(device="cpu")
+    pipe = fastsd.Pipeline(SMALL_MODEL, device="cpu")
     for seed, folder in enumerate(["first", "second"]):
         Path(folder).mkdir()
         save(kohya_lora(pipe, ("to_q", "fc1"), seed=seed), Path(folder, "pytorch_lora_weights.safetensors"))
@@ -404,7 +406,7 @@ def test_the_file_is_blamed_for_what_it_asks(
 ) -> None:
     text = WEB_UI.replace(*change).replace("512x768", "64x64").replace("Steps: 20", "Steps: 2")
     save_image(Image.new("RGB", (64, 64)), tmp_path / "web.png", text)
-    options = ["-m", str(fastsd.pipeline.BUNDLED), "--look-in", str(adapters), "-o", str(tmp_path / "out.png")]
+    options = ["-m", str(SMALL_MODEL), "--look-in", str(adapters), "-o", str(tmp_path / "out.png")]
     done = CliRunner().invoke(cli.app, ["replay", str(tmp_path / "web.png"), *options, "-q"])
     assert done.exit_code == 1
     assert done.stderr.startswith(f"fastsd: error: web.png asks for what cannot be drawn: {message}"), done.stderr

@@ -35,6 +35,7 @@ from fastsd.seamless import WRAPS, seamless
 from fastsd.vae_tiles import tiled
 from tests import oracle
 from tests.oracle import assert_same_picture, psnr
+from tests.small_model import SMALL_MODEL
 from tests.test_graph import StandIn
 from tests.tolerances import NET
 
@@ -156,7 +157,7 @@ def test_vae_equals_diffusers(random_pipe: tuple[Path, fastsd.Pipeline], tiling:
 
 
 def test_a_net_and_its_seamless_twin_are_one_in_their_weights() -> None:
-    pipe = fastsd.Pipeline(device="cpu", backend="reference")
+    pipe = fastsd.Pipeline(SMALL_MODEL, device="cpu", backend="reference")
     twin = seamless(pipe.unet, BOTH)
     assert seamless(pipe.unet, BOTH) is twin, "it is made anew at each call"
     assert seamless(pipe.unet, (False, False)) is pipe.unet
@@ -174,8 +175,8 @@ def test_a_net_and_its_seamless_twin_are_one_in_their_weights() -> None:
 
 
 @by_tiling
-def test_pictures_equal_diffusers(pipe: fastsd.Pipeline, bundled: Path, tiling: bool | str) -> None:
-    theirs = oracle.load_pipeline(bundled)
+def test_pictures_equal_diffusers(pipe: fastsd.Pipeline, small_model: Path, tiling: bool | str) -> None:
+    theirs = oracle.load_pipeline(small_model)
     for net in (theirs.unet, theirs.vae):
         circular(net, WRAPS[tiling])
     given: dict[str, Any] = {"num_inference_steps": 4, "output_type": "np", "height": 48, "width": 56}
@@ -195,10 +196,10 @@ def test_random_weights_equal_diffusers(random_pipe: tuple[Path, fastsd.Pipeline
     assert_same_picture(pipe.generate(PROMPT, seed=5, tiling=True, **given).images, expected, "random weights")
 
 
-def test_image_to_image_equals_diffusers(pipe: fastsd.Pipeline, bundled: Path) -> None:
+def test_image_to_image_equals_diffusers(pipe: fastsd.Pipeline, small_model: Path) -> None:
     """The encoder too has edges that meet."""
     theirs = diffusers.StableDiffusionImg2ImgPipeline(
-        **oracle.load_pipeline(bundled).components, requires_safety_checker=False
+        **oracle.load_pipeline(small_model).components, requires_safety_checker=False
     )
     theirs.set_progress_bar_config(disable=True)
     for net in (theirs.unet, theirs.vae):
@@ -260,7 +261,7 @@ def test_pictures_of_every_kind_in_one_batch_and_after_each_other(pipe: fastsd.P
 
 
 def test_captured_graphs_do_not_mix_them_up(pipe: fastsd.Pipeline) -> None:
-    replayed, api = fastsd.Pipeline(device="cpu", backend="reference"), StandIn()
+    replayed, api = fastsd.Pipeline(SMALL_MODEL, device="cpu", backend="reference"), StandIn()
     replayed.graphs = Graphs(api, 10_000)
     replayed._denoiser = Denoiser(replayed.unet, replayed.ops, replayed.graphs)
     given: dict[str, Any] = {"num_inference_steps": 1, "seed": 3, "output_type": "np", "height": 16, "width": 16}
@@ -274,7 +275,7 @@ def test_captured_graphs_do_not_mix_them_up(pipe: fastsd.Pipeline) -> None:
 
 def test_weights_that_change_are_seen() -> None:
     """As adapters change them: in place, and packed copies with them."""
-    pipe = fastsd.Pipeline(device="cpu")
+    pipe = fastsd.Pipeline(SMALL_MODEL, device="cpu")
     given: dict[str, Any] = {"num_inference_steps": 2, "seed": 3, "output_type": "np", "tiling": True}
     first = pipe.generate(PROMPT, **given).images
     weight = pipe.unet.conv_in.weight
@@ -320,7 +321,7 @@ def test_half_precision_that_overflows_is_repeated_with_the_same_edges() -> None
         y = REFERENCE.conv2d(x, *arguments, **options)
         return y * torch.inf if y.dtype == torch.bfloat16 else y
 
-    half = fastsd.Pipeline(device="cpu", dtype="bfloat16", backend=replace(REFERENCE, conv2d=overflowing))
+    half = fastsd.Pipeline(SMALL_MODEL, device="cpu", dtype="bfloat16", backend=replace(REFERENCE, conv2d=overflowing))
     x, notes = draw(1, 8, 8, 4, seed=0), list[str]()
     with torch.no_grad():
         decoded = half._finite("decode", [x], notes, wrap=BOTH)

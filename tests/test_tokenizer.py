@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 from transformers import CLIPTokenizer
 
-import fastsd
 from fastsd.errors import CheckpointError, PromptError
 from fastsd.tokenizer import MAX_PROMPT_BYTES, Tokenizer
+from tests.small_model import SMALL_MODEL
 
-BUNDLED = Path(fastsd.__file__).parent / "assets" / "shapes-64" / "tokenizer"
+BUNDLED = SMALL_MODEL / "tokenizer"
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 HARD = [

@@ -39,7 +39,7 @@ EVERYTHING = {*verify.OPS, "text encoder", "UNet step", "VAE decode", "picture"}
 def test_the_bundled_model_passes(options: tuple[str, ...]) -> None:
     done = invoke("--steps", "2", *options)
     assert done.exit_code == 0, done.stderr
-    assert "shapes-64, 64x64, 2 steps" in done.stdout
+    assert "shapes-128, 128x128, 2 steps" in done.stdout
     assert verdicts(done.stdout) == dict.fromkeys(EVERYTHING, "ok")
 
 
@@ -128,7 +128,7 @@ def test_gates_are_no_looser_than_the_tests() -> None:
     ("arguments", "message"),
     [
         (["--steps", "0"], "--steps: 0 is out of range"),
-        (["--size", "66"], "--size: 66 is not a multiple of 4"),
+        (["--size", "66"], "--size: 66 is not a multiple of 8"),
         (["--backend", "fast"], "--backend: 'fast' is unknown"),
         (["--dtype", "int8"], "--dtype: 'int8' is unknown"),
         (["--seed", "-2"], "--seed: -2 is out of range"),

@@ -9,7 +9,7 @@ IMAGE_PSNR = 60.0
 # A second pass against image to image on what the first one drew, enlarged here: fastsd itself on both sides.
 SECOND_PASS_PSNR = 80.0
 
-# A 20-step picture of the bundled model in half precision against fp32; lowest PSNR in dB.
+# A 20-step picture of the small model in half precision against fp32; lowest PSNR in dB.
 HALF_PSNR = {"float16": 55.0, "bfloat16": 42.0}
 # Two half-precision pictures, ours and diffusers', which rounds the latents at every step where fastsd does not; lowest PSNR in
 # dB. Measured on random weights, 6 to 50 steps: 56 and 38 dB at least; a picture of one step more: 36 dB at most.
@@ -90,7 +90,7 @@ CUDA_NOISE = 5e-6
 DENOISED_TWIN = 1e-4
 DENOISED = 2e-5
 
-# A linear preview, one pixel a latent, against what the VAE decodes, averaged; lowest PSNR in dB on drawings of the bundled
+# A linear preview, one pixel a latent, against what the VAE decodes, averaged; lowest PSNR in dB on drawings of the small
 # model. 20.9 to 22.5 was measured; a map fitted on the drawings themselves has 21.9 to 27.7.
 PREVIEW_PSNR = 19.0
 # A preview after 5 of 12 steps of Euler a against the picture that comes of it; measured: 19.8 dB, and of the latents 7.6.

@@ -24,9 +24,9 @@ from bench.shapes import trace
 from bench.workloads import Case, Contender, Drawn, Inputs, picture_gate, step_gate
 from fastsd.config import TINY
 from fastsd.ops import REFERENCE, Ops
-from fastsd.pipeline import BUNDLED
+from tests.small_model import SMALL_MODEL
 
-CASE = Case("toy", str(BUNDLED), 64, steps=1)
+CASE = Case("toy", str(SMALL_MODEL), 64, steps=1)
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 TOLD = {"peak_memory_mib": 7, "first_image": {"load_s": 1.0, "first_s": 2.0}}
 PEERS = ["diffusers", "diffusers channels_last"]
@@ -56,13 +56,13 @@ def test_every_figure_of_every_contender_is_there(run: tuple[dict[str, Any], Pat
     result, _ = run
     assert {"date", "commit", "cpu", "gpus", "versions", "threads", "load_before"} <= result.keys()
     (row,) = result["rows"]
-    assert row["name"] == "bundled model, 64x64, batch 1, 2 steps, fp32"
+    assert row["name"] == "bundled model, 128x128, batch 1, 2 steps, fp32"
     assert "folder" not in row["case"]
     assert row["failed"] == {}
     everyone = {"fastsd", "fastsd reference", *PEERS}
     for part in ("milliseconds", "stages_ms", "speed", "peak_memory_mib", "first_image", "parity"):
         assert row[part].keys() == everyone, part
-    assert row["milliseconds"]["fastsd"]["contender"] == f"fastsd {fastsd.Pipeline(device='cpu').ops.name}"
+    assert row["milliseconds"]["fastsd"]["contender"] == f"fastsd {fastsd.Pipeline(SMALL_MODEL, device='cpu').ops.name}"
     for key in everyone:
         total, stage, speed = row["milliseconds"][key], row["stages_ms"][key], row["speed"][key]
         assert 0 < total["p20"] <= total["p50"] <= total["p80"]
@@ -269,9 +269,9 @@ def test_graphs_are_asked_for_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) ->
 
     marked = replace(REFERENCE, geglu=lambda *arguments: REFERENCE.geglu(*arguments))
     monkeypatch.setattr(ladder, "triton_ops", lambda: marked)
-    pipe = Engine("reference", ("geglu",)).pipeline(str(BUNDLED), "cpu", "float32")
+    pipe = Engine("reference", ("geglu",)).pipeline(str(SMALL_MODEL), "cpu", "float32")
     assert pipe.ops == replace(REFERENCE, name="reference + 1 of triton's", geglu=marked.geglu)
-    assert fastsd.Pipeline(device="cpu", backend="reference").ops is REFERENCE, "and only for that one"
+    assert fastsd.Pipeline(SMALL_MODEL, device="cpu", backend="reference").ops is REFERENCE, "and only for that one"
 
 
 def stand_in(function: Any) -> Any:

@@ -20,6 +20,7 @@ from fastsd.pipeline import Pipeline
 from fastsd.training.shape_captions import SLOTS
 from fastsd.training.shape_scenes import HELD_OUT, Scene, Thing, draw
 from fastsd.training.shapes import Shapes
+from tests.small_model import SMALL_MODEL
 
 CIRCLE = Found("red", "circle", "large", (0.27, 0.5), 0.18, 0.95, 0.02)
 STAR = Found("blue", "star", "small", (0.73, 0.5), 0.1, 0.9, 0.02)
@@ -211,12 +212,12 @@ def test_the_grid_frames_failures_in_red() -> None:
 
 
 @pytest.fixture(scope="module")
-def bundled() -> Pipeline:
-    return Pipeline(device="cpu")
+def small_model() -> Pipeline:
+    return Pipeline(SMALL_MODEL, device="cpu")
 
 
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch, bundled: Pipeline) -> list[str]:
+def drawn(monkeypatch: pytest.MonkeyPatch, small_model: Pipeline) -> list[str]:
     """The true drawings in the place of the model's, but of every tenth of those samplers that are put into the list."""
     spoilt: list[str] = []
 
@@ -228,7 +229,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch, bundled: Pipeline) -> list[str]:
             yield blank if index % 10 == 0 and way.sampler in spoilt else picture
 
     monkeypatch.setattr(semantic, "draw", draw_true)
-    monkeypatch.setattr(semantic, "Pipeline", lambda *model, **options: bundled)
+    monkeypatch.setattr(semantic, "Pipeline", lambda *model, **options: small_model)
     return spoilt
 
 
@@ -305,7 +306,7 @@ def test_an_unknown_sampler_is_refused(capsys: pytest.CaptureFixture[str], tmp_p
 
 
 def test_the_whole_way_on_the_bundled_model(
-    tmp_path: Path, bundled: Pipeline, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, small_model: Pipeline, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, sheet = tmp_path / "out.json", tmp_path / "grid.png"
     arguments = ["--prompts", "5", "--steps", "4", "--batch", "3", "--device", "cpu"]
@@ -319,8 +320,8 @@ def test_the_whole_way_on_the_bundled_model(
     assert "95% interval" in capsys.readouterr().out
     with Image.open(sheet) as image:
         assert image.format == "PNG"
-    one = next(iter(semantic.draw(bundled, make_prompts(1), semantic.Way("ddim", 4, 4.0, 1))))
-    two = list(semantic.draw(bundled, make_prompts(2), semantic.Way("ddim", 4, 4.0, 2)))
+    one = next(iter(semantic.draw(small_model, make_prompts(1), semantic.Way("ddim", 4, 4.0, 1))))
+    two = list(semantic.draw(small_model, make_prompts(2), semantic.Way("ddim", 4, 4.0, 2)))
     assert np.abs(np.asarray(one, int) - np.asarray(two[0], int)).max() <= 1, "a picture depends on its batch"
     assert np.abs(np.asarray(one, int) - np.asarray(two[1], int)).max() > 10, "two prompts gave one picture"
 

@@ -8,9 +8,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-import fastsd
+from tests.small_model import SMALL_MODEL
 
-BUNDLED = Path(fastsd.__file__).parent / "assets" / "shapes-64"
 COMPONENTS = ("unet", "vae", "text_encoder")
 UNET = "unet/diffusion_pytorch_model.safetensors"
 WEIGHT_FILES = {
@@ -41,12 +40,12 @@ def net_state(seed: int = 0) -> dict[str, Tensor]:
 
 
 def bundled_state(component: str) -> dict[str, Tensor]:
-    return safetensors.torch.load_file(BUNDLED / WEIGHT_FILES[component])
+    return safetensors.torch.load_file(SMALL_MODEL / WEIGHT_FILES[component])
 
 
 def model_on_disk(path: Path) -> Path:
-    """The bundled model's JSON and tokenizer around `Net` weights for each component."""
-    shutil.copytree(BUNDLED, path, ignore=shutil.ignore_patterns("*.safetensors"))
+    """The small model's JSON and tokenizer around `Net` weights for each component."""
+    shutil.copytree(SMALL_MODEL, path, ignore=shutil.ignore_patterns("*.safetensors"))
     path.chmod(0o755)
     for file in WEIGHT_FILES.values():
         (path / file).write_bytes(safetensors.torch.save(net_state()))

@@ -21,6 +21,7 @@ from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE
 from tests import oracle
 from tests.checkpoints.checkpoint_builders import COMPONENTS
+from tests.small_model import SMALL_MODEL
 
 # What a single file cannot say is as in Stable Diffusion: 32 groups, 8 heads or heads of 64, 49,408 tokens.
 UNETS: dict[str, dict[str, Any]] = {
@@ -55,7 +56,7 @@ def save_folder(path: Path, style: str) -> Path:
     if style == "sd2":
         special = json.loads((path / "tokenizer/special_tokens_map.json").read_text())
         (path / "tokenizer/special_tokens_map.json").write_text(json.dumps(special | {"pad_token": "!"}))
-    index = json.loads((oracle.BUNDLED / "model_index.json").read_text())
+    index = json.loads((SMALL_MODEL / "model_index.json").read_text())
     index["scheduler"] = ["diffusers", SCHEDULER[style]["_class_name"]]
     (path / "model_index.json").write_text(json.dumps(index))
     return path

@@ -18,7 +18,6 @@ from fastsd.checkpoints import open_folder
 from fastsd.checkpoints.safetensors_file import MAX_HEADER_BYTES
 from fastsd.errors import CheckpointError, FastSDError
 from tests.checkpoints.checkpoint_builders import (
-    BUNDLED,
     UNET,
     bundled_state,
     edit_json,
@@ -27,6 +26,7 @@ from tests.checkpoints.checkpoint_builders import (
     net_state,
     split,
 )
+from tests.small_model import SMALL_MODEL
 
 CPU = torch.device("cpu")
 GOOD = safetensors.torch.save(net_state())
@@ -507,7 +507,7 @@ def test_layout_fault(model: Path, fault: str) -> None:
     break_it, named, reason = LAYOUT_FAULTS[fault]
     break_it(model)
     assert_refused(model, named, reason)
-    assert open_folder(BUNDLED).unet["in_channels"] == 4, "the next, valid folder must open"
+    assert open_folder(SMALL_MODEL).unet["in_channels"] == 4, "the next, valid folder must open"
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,12 @@ import torch
 import fastsd
 from fastsd.checkpoints import resolve
 from fastsd.errors import CheckpointError, HubError
-from tests.checkpoints.checkpoint_builders import BUNDLED, UNET, net_state
+from tests.checkpoints.checkpoint_builders import UNET, net_state
 from tests.checkpoints.hub_server import COMMIT, Hub, read_folder
+from tests.small_model import SMALL_MODEL
 
 HERE = Path(__file__).parent
-MODEL = {name: content for name, content in read_folder(BUNDLED).items() if name != "README.md"}
+MODEL = {name: content for name, content in read_folder(SMALL_MODEL).items() if name != "README.md"}
 NEEDED = set(MODEL)
 OTHER_FILES = (
     "README.md",
@@ -78,7 +79,7 @@ def server() -> Iterator[Hub]:
 
 @pytest.fixture
 def hub(server: Hub) -> Hub:
-    """The server, with the bundled model beside everything else that repositories hold, and no faults."""
+    """The server, with the small model beside everything else that repositories hold, and no faults."""
     server.files = MODEL | dict.fromkeys(OTHER_FILES, b"x" * 100)
     server.faults.clear()
     server.requests.clear()
@@ -317,8 +318,8 @@ def test_another_architecture_costs_no_weights(hub: Hub, online: Ask, cache: str
 
 
 def test_local_folder_uses_no_socket(hub: Hub, online: Ask, cache: str) -> None:
-    answer = online(str(BUNDLED))
-    assert answer == {"path": str(BUNDLED), "log": [], "sockets": []}
+    answer = online(str(SMALL_MODEL))
+    assert answer == {"path": str(SMALL_MODEL), "log": [], "sockets": []}
     assert online("acme/model", cache_dir=cache)["sockets"], "the audit hook of this test does not see sockets"
     assert len(hub.requests) > 0
 

@@ -15,7 +15,6 @@ import transformers
 from fastsd.checkpoints import ModelFolder, open_folder
 from fastsd.errors import CheckpointError, ParameterError
 from tests.checkpoints.checkpoint_builders import (
-    BUNDLED,
     COMPONENTS,
     UNET,
     bundled_state,
@@ -23,6 +22,7 @@ from tests.checkpoints.checkpoint_builders import (
     model_on_disk,
     net_state,
 )
+from tests.small_model import SMALL_MODEL
 
 CPU = torch.device("cpu")
 
@@ -52,7 +52,7 @@ def build(folder: ModelFolder, component: str) -> torch.nn.Module:
 @pytest.mark.parametrize("component", COMPONENTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_bundled_model_equals_its_file(component: str, dtype: torch.dtype) -> None:
-    folder = open_folder(BUNDLED)
+    folder = open_folder(SMALL_MODEL)
     module = build(folder, component)
     folder.load_weights(component, module, dtype, CPU)
     assert_same(module.state_dict(), {name: tensor.to(dtype) for name, tensor in bundled_state(component).items()})
@@ -66,10 +66,10 @@ def test_bundled_model_equals_its_file(component: str, dtype: torch.dtype) -> No
 
 
 def test_forward_equals_diffusers() -> None:
-    folder = open_folder(BUNDLED)
+    folder = open_folder(SMALL_MODEL)
     ours = build(folder, "unet")
     folder.load_weights("unet", ours, torch.float32, CPU)
-    theirs = diffusers.UNet2DConditionModel.from_pretrained(BUNDLED, subfolder="unet", torch_dtype=torch.float32)
+    theirs = diffusers.UNet2DConditionModel.from_pretrained(SMALL_MODEL, subfolder="unet", torch_dtype=torch.float32)
     torch.manual_seed(0)
     inputs = torch.randn(1, 4, 16, 16), torch.tensor([500]), torch.randn(1, 77, 128)
     with torch.no_grad():
@@ -77,9 +77,11 @@ def test_forward_equals_diffusers() -> None:
 
 
 def test_folder_carries_the_configs() -> None:
-    folder = open_folder(BUNDLED)
+    folder = open_folder(SMALL_MODEL)
     for component, file in (("unet", "config"), ("vae", "config"), ("scheduler", "scheduler_config")):
-        assert getattr(folder, component) == json.loads((BUNDLED / component / f"{file}.json").read_text()), component
+        assert getattr(folder, component) == json.loads((SMALL_MODEL / component / f"{file}.json").read_text()), (
+            component
+        )
     assert (folder.tokenizer / "vocab.json").is_file()
     with pytest.raises(ParameterError, match="unet, vae, text_encoder"):
         folder.load_weights("safety_checker", meta_net(), torch.float32, CPU)
@@ -209,7 +211,7 @@ def test_shards_of_a_variant(model: Path, pattern: str, index: str) -> None:
 def test_shards_written_by_diffusers(tmp_path: Path) -> None:
     model = model_on_disk(tmp_path / "model")
     (model / UNET).unlink()
-    net = diffusers.UNet2DConditionModel.from_pretrained(BUNDLED, subfolder="unet")
+    net = diffusers.UNet2DConditionModel.from_pretrained(SMALL_MODEL, subfolder="unet")
     net.save_pretrained(model / "unet", max_shard_size="4MB", variant="fp16")
     assert len(list((model / "unet").glob("*-of-*"))) > 1
     folder = open_folder(model)

@@ -20,8 +20,9 @@ from fastsd.checkpoints.file_parts import CONFIGS
 from fastsd.convert import convert
 from fastsd.errors import CheckpointError, ParameterError
 from tests.checkpoints import single_files
-from tests.checkpoints.checkpoint_builders import BUNDLED, COMPONENTS, UNET, edit_json, split
+from tests.checkpoints.checkpoint_builders import COMPONENTS, UNET, edit_json, split
 from tests.oracle import assert_equal
+from tests.small_model import SMALL_MODEL
 
 OPTIONS = {"device": "cpu", "dtype": "float32", "backend": "reference"}
 DRAWING = {"num_inference_steps": 1, "seed": 0, "output_type": "np"}
@@ -29,7 +30,7 @@ DRAWING = {"num_inference_steps": 1, "seed": 0, "output_type": "np"}
 
 @pytest.fixture(scope="module")
 def bundled_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return convert(BUNDLED, tmp_path_factory.mktemp("bundled") / "shapes.safetensors")
+    return convert(SMALL_MODEL, tmp_path_factory.mktemp("bundled") / "shapes.safetensors")
 
 
 @pytest.fixture
@@ -39,8 +40,8 @@ def file(bundled_file: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A copy of the bundled model that may be changed."""
-    return Path(shutil.copytree(BUNDLED, tmp_path / "model"))
+    """A copy of the small model that may be changed."""
+    return Path(shutil.copytree(SMALL_MODEL, tmp_path / "model"))
 
 
 def draw(model: Path) -> bytes:
@@ -66,10 +67,10 @@ def assert_same_model(found: Path, expected: Path) -> None:
 
 def test_the_bundled_model_draws_the_same_from_a_file_and_back(bundled_file: Path, tmp_path: Path) -> None:
     folder = convert(bundled_file, tmp_path / "folder")
-    assert_same_model(folder, BUNDLED)
-    pictures = {str(path): draw(path) for path in (BUNDLED, bundled_file, folder)}
+    assert_same_model(folder, SMALL_MODEL)
+    pictures = {str(path): draw(path) for path in (SMALL_MODEL, bundled_file, folder)}
     for path, picture in pictures.items():
-        assert_equal(picture, pictures[str(BUNDLED)], f"the picture of {path}")
+        assert_equal(picture, pictures[str(SMALL_MODEL)], f"the picture of {path}")
     again = convert(folder, tmp_path / "again.safetensors")
     assert again.read_bytes() == bundled_file.read_bytes(), "the same model gives the same file"
 
@@ -156,7 +157,7 @@ def test_averaged_weights_go_into_the_folder(file: Path, tmp_path: Path) -> None
     header, _ = split(file.read_bytes())
     safetensors.torch.save_file(state | averaged, file, header["__metadata__"])
     back = convert(file, tmp_path / "ema", use_ema=True)
-    doubled = {name: tensor * 2 for name, tensor in single_files.folder_state(BUNDLED)["unet"].items()}
+    doubled = {name: tensor * 2 for name, tensor in single_files.folder_state(SMALL_MODEL)["unet"].items()}
     single_files.assert_same_tensors(single_files.folder_state(back)["unet"], doubled, "unet")
 
 
@@ -216,7 +217,7 @@ def test_force_replaces_what_it_could_have_written(file: Path, folder: Path, tmp
     taken = Path(shutil.copytree(folder, tmp_path / "taken"))
     (taken / "old").write_text("of the folder that is replaced")
     convert(file, taken, force=True)
-    assert_same_model(taken, BUNDLED)
+    assert_same_model(taken, SMALL_MODEL)
     assert not (taken / "old").exists()
     assert not [name for name in names(tmp_path) if ".fastsd" in name], "temporary names were left behind"
 
@@ -262,6 +263,7 @@ FULL_DISK = """
 import resource, signal, sys
 from fastsd.convert import convert
 from fastsd.errors import CheckpointError
+from tests.small_model import SMALL_MODEL
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
 for source, target in ((sys.argv[1], sys.argv[3] + "/out.safetensors"), (sys.argv[2], sys.argv[3] + "/out")):
@@ -288,7 +290,7 @@ def test_a_full_disk_leaves_nothing(file: Path, folder: Path, tmp_path: Path) ->
     assert all("cannot be written: " in line for line in lines), done.stdout
     assert names(room) == before
     assert (room / "old.safetensors").read_text() == "precious"
-    assert_same_model(room / "old", BUNDLED)
+    assert_same_model(room / "old", SMALL_MODEL)
 
 
 @pytest.mark.parametrize("moment", ["while writing", "between the renames"])
@@ -307,7 +309,7 @@ def test_an_interrupt_leaves_everything_as_it_was(
         with pytest.raises(KeyboardInterrupt):
             convert(file, target, force=force)
     assert names(tmp_path) == before
-    assert_same_model(folder, BUNDLED)
+    assert_same_model(folder, SMALL_MODEL)
 
 
 # The command line
@@ -321,10 +323,10 @@ def test_command(bundled_file: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         return capsys.readouterr()
 
     target, drawn = tmp_path / "x.safetensors", tmp_path / "out.png"
-    assert run("convert", BUNDLED, target, code=0) == (f"{target}\n", "")
+    assert run("convert", SMALL_MODEL, target, code=0) == (f"{target}\n", "")
     assert target.read_bytes() == bundled_file.read_bytes()
     refused = f"fastsd: error: target: {str(target)!r} exists; pass force=True (--force) to replace it\n"
-    assert run("convert", BUNDLED, target, code=2) == ("", refused)
+    assert run("convert", SMALL_MODEL, target, code=2) == ("", refused)
     options = ("--steps", 1, "-s", 0, "-q", "--device", "cpu", "--backend", "reference")
     run("generate", "-m", target, "-p", "a red circle", *options, "-o", drawn, code=0)
     assert "Model: x," in drawn.read_bytes().decode("latin-1"), "the model's name is the file's"

@@ -15,6 +15,7 @@ from fastsd.errors import CheckpointError
 from tests.checkpoints.checkpoint_builders import bundled_state, join, split
 from tests.checkpoints.single_files import Model, assert_same_tensors, folder_state, load, meta_net, refusal, save
 from tests.oracle import assert_equal
+from tests.small_model import SMALL_MODEL
 
 # What it is not
 
@@ -49,7 +50,7 @@ def test_what_is_no_stable_diffusion(names: list[str], kind: str, tmp_path: Path
 
 
 def test_the_bundled_unet_is_a_component() -> None:
-    path = fastsd.pipeline.BUNDLED / "vae/diffusion_pytorch_model.safetensors"
+    path = SMALL_MODEL / "vae/diffusion_pytorch_model.safetensors"
     assert bundled_state("vae")
     refusal(path, "the VAE of a diffusers folder, alone")
 

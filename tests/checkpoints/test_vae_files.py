@@ -30,6 +30,7 @@ from tests.models.test_vae_family import FAMILY as KL
 from tests.models.test_vae_family import ldm_params
 from tests.models.test_vq import FAMILY as VQ
 from tests.models.test_vq import vq_model
+from tests.small_model import SMALL_MODEL
 
 CPU = torch.device("cpu")
 PREFIX = "first_stage_model."
@@ -217,14 +218,14 @@ def test_the_published_file_is_recognised() -> None:
 
 DRAWING: dict[str, Any] = {"num_inference_steps": 3, "seed": 4, "output_type": "np"}
 PLAIN = {"device": "cpu", "dtype": "float32", "backend": "reference"}
-BUNDLED_VAE = json.loads((oracle.BUNDLED / "vae/config.json").read_text())
+BUNDLED_VAE = json.loads((SMALL_MODEL / "vae/config.json").read_text())
 
 
-def test_the_picture_is_that_of_diffusers_with_the_same_vae(bundled: Path, tmp_path: Path) -> None:
+def test_the_picture_is_that_of_diffusers_with_the_same_vae(small_model: Path, tmp_path: Path) -> None:
     """A folder that names its scaling factor; from an image, so that the encoder is the new one as well."""
     other = oracle.vae(BUNDLED_VAE | {"scaling_factor": 0.7, "norm_num_groups": 4}, seed=6)
     other.save_pretrained(tmp_path / "vae")
-    components = oracle.load_pipeline(bundled).components | {"vae": other}
+    components = oracle.load_pipeline(small_model).components | {"vae": other}
     theirs = diffusers.StableDiffusionImg2ImgPipeline(**components, requires_safety_checker=False)
     theirs.set_progress_bar_config(disable=True)
     image = np.random.default_rng(0).random((64, 64, 3)).astype(np.float32)
@@ -236,16 +237,16 @@ def test_the_picture_is_that_of_diffusers_with_the_same_vae(bundled: Path, tmp_p
         generator=torch.Generator().manual_seed(4),
         output_type="np",
     ).images
-    pipe = fastsd.Pipeline(bundled, vae=tmp_path / "vae", **PLAIN)
+    pipe = fastsd.Pipeline(small_model, vae=tmp_path / "vae", **PLAIN)
     found = pipe.generate("a red circle", image=image, strength=0.5, **DRAWING | {"num_inference_steps": 6}).images
     oracle.assert_same_picture(found, expected, "with another VAE")
-    plain = fastsd.Pipeline(bundled, **PLAIN)
+    plain = fastsd.Pipeline(small_model, **PLAIN)
     own = plain.generate("a red circle", image=image, strength=0.5, **DRAWING | {"num_inference_steps": 6}).images
     assert np.abs(own - found).max() > 0.1, "the model's own VAE draws the same, so this compares nothing"
 
 
 def test_unless_it_says_how_latents_are_scaled_the_model_does(
-    net: diffusers.AutoencoderKL, bare: dict[str, Tensor], folder: Path, sd1: Model, bundled: Path, tmp_path: Path
+    net: diffusers.AutoencoderKL, bare: dict[str, Tensor], folder: Path, sd1: Model, small_model: Path, tmp_path: Path
 ) -> None:
     """The UNet has learnt latents of its model's scale: diffusers would read 0.18215 into a config that says nothing."""
     silent, file = tmp_path / "silent", save(tmp_path / "lone.safetensors", bare)
@@ -264,7 +265,7 @@ def test_unless_it_says_how_latents_are_scaled_the_model_does(
     for model in (other, converted):
         assert scale(model, silent) == scale(model, file) == (0.5, 0.25)
         assert scale(model, folder) == (0.18215, 0.0), "a folder that names it"
-    for model in (sd1.folder, sd1.file, bundled):
+    for model in (sd1.folder, sd1.file, small_model):
         assert scale(model, converted) == (0.5, 0.25), "a file that `fastsd convert` wrote names it"
         assert scale(model, other) == (0.5, 0.25)
     assert scale(sd1.file, file) == (0.18215, 0.0)
@@ -309,22 +310,22 @@ def test_averages_of_both_files(
             open_model(sd1.folder, vae=vae, use_ema=True)
 
 
-def test_it_must_fit_the_unet(sd1: Model, bundled: Path, tmp_path: Path) -> None:
+def test_it_must_fit_the_unet(sd1: Model, small_model: Path, tmp_path: Path) -> None:
     vq_model(VQ["vq-f4"]).save_pretrained(tmp_path / "codebook")
-    for model in (sd1.folder, sd1.file, bundled):
+    for model in (sd1.folder, sd1.file, small_model):
         says = f"codebook: latents of 3 channels, but the UNet of .*{model.name} makes 4; take an autoencoder that"
         with pytest.raises(CheckpointError, match=says) as caught:
             fastsd.Pipeline(model, vae=tmp_path / "codebook")
         assert str(caught.value).isprintable()
 
 
-def test_what_names_no_autoencoder(bundled: Path) -> None:
+def test_what_names_no_autoencoder(small_model: Path) -> None:
     for given in (7, b"x", ["a"]):
         with pytest.raises(ParameterError, match="vae: must be a folder, a file or a Hub id, not"):
-            fastsd.Pipeline(bundled, vae=given)
+            fastsd.Pipeline(small_model, vae=given)
     for given in ("nowhere.safetensors", "", Path("no/where"), "a\0b"):
         with pytest.raises(CheckpointError, match="no such folder: "):
-            fastsd.Pipeline(bundled, vae=given)
+            fastsd.Pipeline(small_model, vae=given)
 
 
 def test_a_variant_of_the_model_is_one_of_the_vae_where_it_has_it(

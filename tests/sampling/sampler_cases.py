@@ -2,17 +2,15 @@
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
-import fastsd
 from fastsd.sampling import SAMPLERS, Table
+from tests.small_model import SMALL_MODEL
 
 Array = np.ndarray
 Model = Callable[[Array, float, int], Array]  # (scaled input, timestep, call) -> output
 
-ASSETS = Path(fastsd.__file__).parent / "assets"
 
 SD15 = {
     "_class_name": "PNDMScheduler",
@@ -27,7 +25,7 @@ SD15 = {
     "trained_betas": None,
 }
 SD21 = {**SD15, "_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
-BUNDLED = json.loads((ASSETS / "shapes-64" / "scheduler" / "scheduler_config.json").read_text())
+BUNDLED = json.loads((SMALL_MODEL / "scheduler" / "scheduler_config.json").read_text())
 
 CONFIGS = {
     "sd15": SD15,
