@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.lora_style", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(BUNDLED), help="a folder (default: the bundled one)")
     parser.add_argument("--folder", type=Path, default=Path("build/lora-style"), help="for the training; emptied first")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--pictures", type=int, default=200)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--threads", type=int, default=0)
