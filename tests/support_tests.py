@@ -29,7 +29,7 @@ CHECKPOINTS: dict[str, tuple[str, ...]] = {
     "inpainting checkpoint, single file": ("tests/checkpoints/test_single_file_faults.py::test_an_inpainting_unet",),
     "folder to single file": ("tests/checkpoints/test_convert.py::test_diffusers_opens_the_file",),
     "single file to folder, and back": (
-        "tests/checkpoints/test_convert.py::test_the_bundled_model_draws_the_same_from_a_file_and_back",
+        "tests/checkpoints/test_convert.py::test_the_small_model_draws_the_same_from_a_file_and_back",
     ),
     "text encoder": ("tests/models/test_clip.py::test_equals_transformers",),
     "UNet": ("tests/models/test_unet.py::test_equals_diffusers",),

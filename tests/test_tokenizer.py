@@ -23,7 +23,7 @@ from fastsd.errors import CheckpointError, PromptError
 from fastsd.tokenizer import MAX_PROMPT_BYTES, Tokenizer
 from tests.small_model import SMALL_MODEL
 
-BUNDLED = SMALL_MODEL / "tokenizer"
+SMALL = SMALL_MODEL / "tokenizer"
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 HARD = [
@@ -161,7 +161,7 @@ STYLES = {
     "textual-inversion": as_textual_inversion,
     "vocabulary-only": as_bare_vocabulary,
 }
-FOLDERS = ["bundled", *(f"{style}/{pad}" for style in STYLES for pad in (END, "!"))]
+FOLDERS = ["small", *(f"{style}/{pad}" for style in STYLES for pad in (END, "!"))]
 
 
 @pytest.fixture(scope="module")
@@ -171,8 +171,8 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Toke
     def get(name: str) -> tuple[Tokenizer, CLIPTokenizer]:
         if name not in cache:
             style, _, pad = name.partition("/")
-            folder = BUNDLED if name == "bundled" else root / f"{style}-{'sd2' if pad == '!' else 'sd1'}"
-            if name != "bundled":
+            folder = SMALL if name == "small" else root / f"{style}-{'sd2' if pad == '!' else 'sd1'}"
+            if name != "small":
                 STYLES[style](folder, pad)
             cache[name] = Tokenizer.from_folder(folder), CLIPTokenizer.from_pretrained(folder)
         return cache[name]
@@ -182,10 +182,10 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Toke
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A copy of the bundled tokenizer, to be damaged."""
+    """A copy of the small model's tokenizer, to be damaged."""
     copy = tmp_path / "tokenizer"
     copy.mkdir()
-    for path in BUNDLED.iterdir():
+    for path in SMALL.iterdir():
         shutil.copyfile(path, copy / path.name)
     return copy
 
@@ -218,7 +218,7 @@ def test_sd1_pads_with_the_end_token_and_sd2_with_id_0(load: Any) -> None:
     assert sd2.encode([""]).ids == [[sd2.start_id, sd2.end_id] + [0] * 75]
 
 
-@pytest.mark.parametrize("name", ["bundled", f"release/{END}", "release/!"])
+@pytest.mark.parametrize("name", ["small", f"release/{END}", "release/!"])
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(prompt=st.text(max_size=120) | st.lists(st.sampled_from([*HARD, " ", "!", "'s", "\u0301", END])).map("".join))
 def test_ids_equal_transformers_on_any_text(name: str, load: Any, prompt: str) -> None:
@@ -258,7 +258,7 @@ def test_kept_and_dropped_make_the_prompt(load: Any, words: list[str]) -> None:
 
 
 def test_exactly_75_words_fit(load: Any) -> None:
-    ours, _ = load("bundled")
+    ours, _ = load("small")
     assert ours.encode(["red " * 75]).dropped == [""]
     assert ours.encode(["red " * 75 + "Blue "]).dropped == ["Blue"]
 
@@ -277,7 +277,7 @@ def test_exactly_75_words_fit(load: Any) -> None:
     ],
 )
 def test_bad_prompts_are_refused_by_number(prompt: Any, message: str, load: Any) -> None:
-    ours, _ = load("bundled")
+    ours, _ = load("small")
     with pytest.raises(PromptError, match=rf"^prompts\[1\]: .*{message}") as error:
         ours.encode(["a red circle", prompt])
     assert "\n" not in str(error.value)
@@ -287,14 +287,14 @@ def test_bad_prompts_are_refused_by_number(prompt: Any, message: str, load: Any)
 @pytest.mark.parametrize("prompts", ["a string", b"bytes", None, 3, {"a set"}])
 def test_prompts_must_be_a_list(prompts: Any, load: Any) -> None:
     with pytest.raises(PromptError, match="list of strings"):
-        load("bundled")[0].encode(prompts)
+        load("small")[0].encode(prompts)
 
 
 @pytest.mark.parametrize(
     "prompt", ["(" * MAX_PROMPT_BYTES, "a" * MAX_PROMPT_BYTES, "\u0301\u0316" * (MAX_PROMPT_BYTES // 4)]
 )
 def test_a_megabyte_takes_bounded_time(prompt: str, load: Any) -> None:
-    ours, _ = load("bundled")
+    ours, _ = load("small")
     start = time.perf_counter()
     tokens = ours.encode([prompt])
     assert time.perf_counter() - start < 10, "measured 0.6 to 1.2 s; quadratic work would take minutes"

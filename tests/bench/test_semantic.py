@@ -305,7 +305,7 @@ def test_an_unknown_sampler_is_refused(capsys: pytest.CaptureFixture[str], tmp_p
     assert "'dimm' is unknown" in capsys.readouterr().out
 
 
-def test_the_whole_way_on_the_bundled_model(
+def test_the_whole_way_on_the_small_model(
     tmp_path: Path, small_model: Pipeline, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, sheet = tmp_path / "out.json", tmp_path / "grid.png"

@@ -39,7 +39,7 @@ def net_state(seed: int = 0) -> dict[str, Tensor]:
     return {name: torch.randn(tensor.shape, generator=generator) for name, tensor in meta_net().state_dict().items()}
 
 
-def bundled_state(component: str) -> dict[str, Tensor]:
+def small_model_state(component: str) -> dict[str, Tensor]:
     return safetensors.torch.load_file(SMALL_MODEL / WEIGHT_FILES[component])
 
 

@@ -19,11 +19,11 @@ from fastsd.checkpoints.safetensors_file import MAX_HEADER_BYTES
 from fastsd.errors import CheckpointError, FastSDError
 from tests.checkpoints.checkpoint_builders import (
     UNET,
-    bundled_state,
     edit_json,
     join,
     meta_net,
     net_state,
+    small_model_state,
     split,
 )
 from tests.small_model import SMALL_MODEL
@@ -601,7 +601,7 @@ def test_another_architecture_is_named(model: Path, kind: str) -> None:
 )
 def test_swapped_files(model: Path, component: str, given: str, reason: str) -> None:
     for file in (model / component).glob("*.safetensors"):
-        file.write_bytes(safetensors.torch.save(bundled_state(given)))
+        file.write_bytes(safetensors.torch.save(small_model_state(given)))
     with pytest.raises(CheckpointError, match=f"{component}/.*: this is {reason}"):
         open_folder(model).load_weights(component, meta_net(), torch.float32, CPU)
 
@@ -619,7 +619,7 @@ def test_inpainting_weights(model: Path) -> None:
 
 
 def test_a_lack_of_tensors_is_not_called_another_architecture(model: Path) -> None:
-    state = bundled_state("unet")
+    state = small_model_state("unet")
     del state["mid_block.resnets.0.conv1.weight"]
     (model / UNET).write_bytes(safetensors.torch.save(state))
     import diffusers

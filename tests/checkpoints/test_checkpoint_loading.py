@@ -17,10 +17,10 @@ from fastsd.errors import CheckpointError, ParameterError
 from tests.checkpoints.checkpoint_builders import (
     COMPONENTS,
     UNET,
-    bundled_state,
     meta_net,
     model_on_disk,
     net_state,
+    small_model_state,
 )
 from tests.small_model import SMALL_MODEL
 
@@ -51,11 +51,11 @@ def build(folder: ModelFolder, component: str) -> torch.nn.Module:
 
 @pytest.mark.parametrize("component", COMPONENTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_bundled_model_equals_its_file(component: str, dtype: torch.dtype) -> None:
+def test_the_small_model_equals_its_file(component: str, dtype: torch.dtype) -> None:
     folder = open_folder(SMALL_MODEL)
     module = build(folder, component)
     folder.load_weights(component, module, dtype, CPU)
-    assert_same(module.state_dict(), {name: tensor.to(dtype) for name, tensor in bundled_state(component).items()})
+    assert_same(module.state_dict(), {name: tensor.to(dtype) for name, tensor in small_model_state(component).items()})
     for name, parameter in module.named_parameters():
         assert not parameter.requires_grad, name
         assert parameter.device == CPU, name
@@ -259,7 +259,7 @@ def test_tensor_in_two_shards(model: Path) -> None:
 
 
 def test_clip_with_prefix_and_position_ids(model: Path) -> None:
-    state = bundled_state("text_encoder")
+    state = small_model_state("text_encoder")
     old = {f"text_model.{name}": tensor for name, tensor in state.items()}
     old["text_model.embeddings.position_ids"] = torch.arange(77)[None]
     safetensors.torch.save_file(old, model / "text_encoder/model.safetensors")
@@ -270,7 +270,7 @@ def test_clip_with_prefix_and_position_ids(model: Path) -> None:
 
 
 def test_clip_key_with_and_without_prefix(model: Path) -> None:
-    state = bundled_state("text_encoder")
+    state = small_model_state("text_encoder")
     twice = state | {"text_model.final_layer_norm.bias": state["final_layer_norm.bias"] + 1}
     safetensors.torch.save_file(twice, model / "text_encoder/model.safetensors")
     folder = open_folder(model)
@@ -286,7 +286,7 @@ def test_old_vae_attention(model: Path, as_convolution: bool) -> None:
     def old_name(name: str) -> str:
         return re.sub(r"(attentions\.0\.)(to_q|to_k|to_v|to_out\.0)\.", lambda m: f"{m[1]}{OLD_NAMES[m[2]]}.", name)
 
-    state = bundled_state("vae")
+    state = small_model_state("vae")
     old = {old_name(name): tensor for name, tensor in state.items()}
     assert sum(name not in state for name in old) == 16, "two attention blocks of four layers, weight and bias"
     if as_convolution:

@@ -29,13 +29,13 @@ DRAWING = {"num_inference_steps": 1, "seed": 0, "output_type": "np"}
 
 
 @pytest.fixture(scope="module")
-def bundled_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return convert(SMALL_MODEL, tmp_path_factory.mktemp("bundled") / "shapes.safetensors")
 
 
 @pytest.fixture
-def file(bundled_file: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copy(bundled_file, tmp_path / "model.safetensors"))
+def file(small_model_file: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copy(small_model_file, tmp_path / "model.safetensors"))
 
 
 @pytest.fixture
@@ -65,19 +65,19 @@ def assert_same_model(found: Path, expected: Path) -> None:
 # What is right
 
 
-def test_the_bundled_model_draws_the_same_from_a_file_and_back(bundled_file: Path, tmp_path: Path) -> None:
-    folder = convert(bundled_file, tmp_path / "folder")
+def test_the_small_model_draws_the_same_from_a_file_and_back(small_model_file: Path, tmp_path: Path) -> None:
+    folder = convert(small_model_file, tmp_path / "folder")
     assert_same_model(folder, SMALL_MODEL)
-    pictures = {str(path): draw(path) for path in (SMALL_MODEL, bundled_file, folder)}
+    pictures = {str(path): draw(path) for path in (SMALL_MODEL, small_model_file, folder)}
     for path, picture in pictures.items():
         assert_equal(picture, pictures[str(SMALL_MODEL)], f"the picture of {path}")
     again = convert(folder, tmp_path / "again.safetensors")
-    assert again.read_bytes() == bundled_file.read_bytes(), "the same model gives the same file"
+    assert again.read_bytes() == small_model_file.read_bytes(), "the same model gives the same file"
 
 
-def test_files_may_be_read_by_those_who_may_read_any_other(bundled_file: Path, tmp_path: Path) -> None:
+def test_files_may_be_read_by_those_who_may_read_any_other(small_model_file: Path, tmp_path: Path) -> None:
     """safetensors 0.8 alone writes files that only their owner may read."""
-    folder, other = convert(bundled_file, tmp_path / "folder"), tmp_path / "other"
+    folder, other = convert(small_model_file, tmp_path / "folder"), tmp_path / "other"
     before = os.umask(0o027)
     try:
         other.touch()
@@ -135,7 +135,7 @@ def test_dtypes_stay_what_they_are(folder: Path, tmp_path: Path) -> None:
     single_files.assert_same_tensors(single_files.folder_state(back)["unet"], state, "unet")
 
 
-def test_older_names_and_shapes_in_the_folder(folder: Path, bundled_file: Path, tmp_path: Path) -> None:
+def test_older_names_and_shapes_in_the_folder(folder: Path, small_model_file: Path, tmp_path: Path) -> None:
     path = folder / "vae/diffusion_pytorch_model.safetensors"
     older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     state = {}
@@ -144,7 +144,7 @@ def test_older_names_and_shapes_in_the_folder(folder: Path, bundled_file: Path, 
             name = name.replace(f"attentions.0.{new}.", f"attentions.0.{old}.")
         state[name] = tensor
     safetensors.torch.save_file(state, path)
-    assert convert(folder, tmp_path / "x.safetensors").read_bytes() == bundled_file.read_bytes()
+    assert convert(folder, tmp_path / "x.safetensors").read_bytes() == small_model_file.read_bytes()
 
 
 def test_averaged_weights_go_into_the_folder(file: Path, tmp_path: Path) -> None:
@@ -173,8 +173,8 @@ def test_a_pickle_on_demand(file: Path, tmp_path: Path) -> None:
         single_files.assert_same_tensors(found, expected[component], component)
 
 
-def test_prediction_type_is_kept(bundled_file: Path, tmp_path: Path) -> None:
-    folder = convert(bundled_file, tmp_path / "v", prediction_type="v_prediction")
+def test_prediction_type_is_kept(small_model_file: Path, tmp_path: Path) -> None:
+    folder = convert(small_model_file, tmp_path / "v", prediction_type="v_prediction")
     file = convert(folder, tmp_path / "v.safetensors")
     assert open_single_file(file).scheduler["prediction_type"] == "v_prediction"
 
@@ -315,7 +315,7 @@ def test_an_interrupt_leaves_everything_as_it_was(
 # The command line
 
 
-def test_command(bundled_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(small_model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def run(*arguments: object, code: int) -> tuple[str, str]:
         with pytest.raises(SystemExit) as left:
             cli.app([str(argument) for argument in arguments], prog_name="fastsd")
@@ -324,7 +324,7 @@ def test_command(bundled_file: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
 
     target, drawn = tmp_path / "x.safetensors", tmp_path / "out.png"
     assert run("convert", SMALL_MODEL, target, code=0) == (f"{target}\n", "")
-    assert target.read_bytes() == bundled_file.read_bytes()
+    assert target.read_bytes() == small_model_file.read_bytes()
     refused = f"fastsd: error: target: {str(target)!r} exists; pass force=True (--force) to replace it\n"
     assert run("convert", SMALL_MODEL, target, code=2) == ("", refused)
     options = ("--steps", 1, "-s", 0, "-q", "--device", "cpu", "--backend", "reference")

@@ -12,7 +12,7 @@ import fastsd
 from fastsd.checkpoints import open_single_file
 from fastsd.checkpoints.architecture import INPUT_CHANNELS
 from fastsd.errors import CheckpointError
-from tests.checkpoints.checkpoint_builders import bundled_state, join, split
+from tests.checkpoints.checkpoint_builders import join, small_model_state, split
 from tests.checkpoints.single_files import Model, assert_same_tensors, folder_state, load, meta_net, refusal, save
 from tests.oracle import assert_equal
 from tests.small_model import SMALL_MODEL
@@ -49,9 +49,9 @@ def test_what_is_no_stable_diffusion(names: list[str], kind: str, tmp_path: Path
     refusal(path, f"this is .*{kind}.*; fastsd opens single files of Stable Diffusion 1.x and 2.x")
 
 
-def test_the_bundled_unet_is_a_component() -> None:
+def test_the_small_vae_is_a_component() -> None:
     path = SMALL_MODEL / "vae/diffusion_pytorch_model.safetensors"
-    assert bundled_state("vae")
+    assert small_model_state("vae")
     refusal(path, "the VAE of a diffusers folder, alone")
 
 

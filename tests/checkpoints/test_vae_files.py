@@ -24,7 +24,7 @@ from fastsd.errors import CheckpointError, ParameterError
 from fastsd.ldm_autoencoder import config_from_ldm
 from fastsd.models import vq
 from tests import oracle
-from tests.checkpoints.checkpoint_builders import bundled_state, edit_json
+from tests.checkpoints.checkpoint_builders import edit_json, small_model_state
 from tests.checkpoints.single_files import AUTOENCODER, Model, assert_same_tensors, save
 from tests.models.test_vae_family import FAMILY as KL
 from tests.models.test_vae_family import ldm_params
@@ -374,7 +374,7 @@ def test_other_files_are_named(kind: str, tmp_path: Path) -> None:
 
 def test_a_text_encoder_and_a_bare_unet_are_no_autoencoders(tmp_path: Path) -> None:
     refused(
-        save(tmp_path / "text.safetensors", bundled_state("text_encoder")), "this is the text encoder, in the place"
+        save(tmp_path / "text.safetensors", small_model_state("text_encoder")), "this is the text encoder, in the place"
     )
     unet = {"input_blocks.0.0.weight": torch.ones(2, 4, 3, 3)}
     refused(save(tmp_path / "unet.safetensors", unet), "this is no autoencoder")

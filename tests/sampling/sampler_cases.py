@@ -25,7 +25,7 @@ SD15 = {
     "trained_betas": None,
 }
 SD21 = {**SD15, "_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
-BUNDLED = json.loads((SMALL_MODEL / "scheduler" / "scheduler_config.json").read_text())
+SMALL = json.loads((SMALL_MODEL / "scheduler" / "scheduler_config.json").read_text())
 
 CONFIGS = {
     "sd15": SD15,
@@ -35,7 +35,7 @@ CONFIGS = {
     "sd21-leading": {**SD21, "timestep_spacing": "leading"},
     "sd21-trailing": {**SD21, "timestep_spacing": "trailing"},
     "sd21-linspace": {**SD21, "timestep_spacing": "linspace"},
-    "bundled": BUNDLED,
+    "small": SMALL,
 }
 
 # Every sampler with every schedule it takes.

@@ -8,7 +8,7 @@ import pytest
 
 from fastsd.errors import CheckpointError
 from fastsd.sampling import NoiseSchedule
-from tests.sampling.sampler_cases import BUNDLED, SD15
+from tests.sampling.sampler_cases import SD15, SMALL
 from tests.tolerances import ALPHA_BAR, ZERO_SNR
 
 
@@ -16,13 +16,13 @@ from tests.tolerances import ALPHA_BAR, ZERO_SNR
     "config",
     [
         SD15,
-        BUNDLED,
+        SMALL,
         {},
         {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 400},
         {"trained_betas": [0.1, 0.2, 0.4]},
         {"beta_start": 0.001, "beta_end": 0.03, "beta_schedule": "linear", "num_train_timesteps": 50},
     ],
-    ids=["sd15", "bundled", "bare", "cosine", "trained", "linear"],
+    ids=["sd15", "small", "bare", "cosine", "trained", "linear"],
 )
 def test_alphas_cumprod_equal_diffusers(config):
     noise = NoiseSchedule.from_config(config)

@@ -10,7 +10,7 @@ from fastsd.errors import ParameterError
 from fastsd.sampling import SAMPLERS, NoiseSchedule, canonical_sampler, canonical_schedule, make_table, schedules
 from fastsd.sampling.names import SCHEDULE_ALIASES, schedule_label
 from fastsd.sampling.schedule import SAMPLER_OF_CLASS
-from tests.sampling.sampler_cases import BUNDLED, SD15
+from tests.sampling.sampler_cases import SD15, SMALL
 
 NOISE = NoiseSchedule.from_config(SD15)
 
@@ -105,7 +105,7 @@ def test_unknown_schedule_lists_the_known(name):
 def test_defaults_are_the_checkpoints():
     table = make_table(NOISE, 20)
     assert (table.sampler, table.schedule) == ("plms", "uniform")
-    assert make_table(NoiseSchedule.from_config(BUNDLED), 20).sampler == "ddim"
+    assert make_table(NoiseSchedule.from_config(SMALL), 20).sampler == "ddim"
     karras = NoiseSchedule.from_config({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True})
     table = make_table(karras, 20)
     assert (table.sampler, table.schedule) == ("dpmpp_2m", "karras")
@@ -131,7 +131,7 @@ def test_dpm_solver_leading_spacing_needs_one_timestep_more_than_steps():
         ParameterError,
         match=r"^num_inference_steps: 1000 is out of range; with leading spacing this sampler takes at most 999",
     ):
-        make_table(NoiseSchedule.from_config(BUNDLED), 1000, "dpmpp_2m")
+        make_table(NoiseSchedule.from_config(SMALL), 1000, "dpmpp_2m")
 
 
 @pytest.mark.parametrize(
