@@ -1,7 +1,5 @@
 """The model that comes with fastsd: its size, its layout, that diffusers draws the same with it, and what it draws."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -45,7 +43,7 @@ def test_diffusers_draws_the_same(bundled: fastsd.Pipeline, prompt: str) -> None
     arguments = {"num_inference_steps": 20, "guidance_scale": GUIDANCE}
     ours = bundled.generate(prompt, seed=3, output_type="np", **arguments).images
     generator = torch.Generator().manual_seed(3)
-    theirs = oracle.load_pipeline(Path(BUNDLED))(prompt, generator=generator, output_type="np", **arguments).images
+    theirs = oracle.load_pipeline(BUNDLED)(prompt, generator=generator, output_type="np", **arguments).images
     assert oracle.psnr(ours, np.asarray(theirs)) >= IMAGE_PSNR
 
 

@@ -30,7 +30,7 @@ DRAWING = {"num_inference_steps": 1, "seed": 0, "output_type": "np"}
 
 @pytest.fixture(scope="module")
 def small_model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return convert(SMALL_MODEL, tmp_path_factory.mktemp("bundled") / "shapes.safetensors")
+    return convert(SMALL_MODEL, tmp_path_factory.mktemp("small") / "shapes.safetensors")
 
 
 @pytest.fixture
@@ -263,7 +263,6 @@ FULL_DISK = """
 import resource, signal, sys
 from fastsd.convert import convert
 from fastsd.errors import CheckpointError
-from tests.small_model import SMALL_MODEL
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
 for source, target in ((sys.argv[1], sys.argv[3] + "/out.safetensors"), (sys.argv[2], sys.argv[3] + "/out")):

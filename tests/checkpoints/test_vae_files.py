@@ -218,12 +218,12 @@ def test_the_published_file_is_recognised() -> None:
 
 DRAWING: dict[str, Any] = {"num_inference_steps": 3, "seed": 4, "output_type": "np"}
 PLAIN = {"device": "cpu", "dtype": "float32", "backend": "reference"}
-BUNDLED_VAE = json.loads((SMALL_MODEL / "vae/config.json").read_text())
+SMALL_VAE = json.loads((SMALL_MODEL / "vae/config.json").read_text())
 
 
 def test_the_picture_is_that_of_diffusers_with_the_same_vae(small_model: Path, tmp_path: Path) -> None:
     """A folder that names its scaling factor; from an image, so that the encoder is the new one as well."""
-    other = oracle.vae(BUNDLED_VAE | {"scaling_factor": 0.7, "norm_num_groups": 4}, seed=6)
+    other = oracle.vae(SMALL_VAE | {"scaling_factor": 0.7, "norm_num_groups": 4}, seed=6)
     other.save_pretrained(tmp_path / "vae")
     components = oracle.load_pipeline(small_model).components | {"vae": other}
     theirs = diffusers.StableDiffusionImg2ImgPipeline(**components, requires_safety_checker=False)

@@ -11,7 +11,6 @@ from tests.small_model import SMALL_MODEL
 Array = np.ndarray
 Model = Callable[[Array, float, int], Array]  # (scaled input, timestep, call) -> output
 
-
 SD15 = {
     "_class_name": "PNDMScheduler",
     "beta_end": 0.012,
