@@ -1,18 +1,19 @@
 """The model in training: three nets in fp32, their configs, the tokenizer; from a folder, and back into one."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastsd.checkpoints import open_model
 from fastsd.checkpoints.file_parts import CONFIGS
 from fastsd.checkpoints.folder_writer import write_folder, written
 from fastsd.config import ModelConfig, VQConfig
-from fastsd.errors import CheckpointError
+from fastsd.errors import CheckpointError, ParameterError
 from fastsd.models.clip import CLIPText
 from fastsd.models.unet import UNet
 from fastsd.models.vae import VAE
@@ -70,6 +71,45 @@ def load_model(source: str | Path, device: torch.device) -> Model:
         opened.load_weights(component, net, torch.float32, device)
     configs = {name: getattr(opened, name) for name in CONFIGS}
     return Model(configs, unet, vae, text_encoder, tokenizer, opened.tokenizer)
+
+
+def grow_unet(model: Model, changes: Mapping[str, Any]) -> None:
+    """Put a UNet with more layers in the place of the model's; it predicts the same as before until it is trained.
+
+    changes: keys of the UNet's config. The weights that there are stay; new residual branches end in zeros. Raises
+    ParameterError for changes that do not add layers, or change what those that there are do.
+    """
+    before, unet_config = model.unet, {**model.configs["unet"], **changes}
+    try:
+        config = ModelConfig.from_json(model.configs["text_encoder"], unet_config, model.configs["vae"])
+    except CheckpointError as error:
+        raise ParameterError(f"grow: {error}") from error
+    grown = UNet(config.unet)
+    initialise_unet(grown)
+    weights, places = before.state_dict(), grown.state_dict()
+    if weights.keys() >= places.keys():
+        raise ParameterError(f"grow: {', '.join(changes)}: this adds no layer")
+    for name, weight in weights.items():
+        if name not in places or places[name].shape != weight.shape:
+            raise ParameterError(
+                f"grow: {name} {list(weight.shape)} has no place in the new UNet; only layers can be added"
+            )
+    grown.load_state_dict(places | weights)
+    grown.to(next(before.parameters()).device)
+    if not torch.allclose(_probe(grown), _probe(before), rtol=1e-3, atol=1e-3):
+        raise ParameterError(f"grow: {', '.join(changes)}: with this the layers that there are do something else")
+    model.configs["unet"], model.unet = unet_config, grown
+
+
+@torch.no_grad()
+def _probe(unet: UNet) -> Tensor:
+    """What a UNet predicts for one made-up input."""
+    config, device = unet.config, next(unet.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    side = 2 ** len(config.block_out_channels)
+    x = torch.randn(1, side, side, config.in_channels, generator=generator).to(device)
+    context = torch.randn(1, 8, config.cross_attention_dim, generator=generator).to(device)
+    return unet(x, unet.project_time(torch.tensor([500.0], device=device)), unet.project_context(context))
 
 
 def new_model(options: ModelOptions, dataset: Dataset, seed: int, path: Path) -> None:

@@ -96,6 +96,7 @@ class DiffusionStage:
     dropout: float = 0.1  # captions replaced by the empty one, so that there is guidance (Ho & Salimans 2022)
     brief_captions: float = 0.0  # the share that says no more than it must, of data sets that have such (the drawings)
     train_text_encoder: bool = False
+    grow: dict[str, Any] | None = None  # keys of the UNet's config that change: more layers than before
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from fastsd.training.folder_data import PictureFolder
 from fastsd.training.latents import cached_latents, measured_scale
 from fastsd.training.loop import Task, fit
 from fastsd.training.lora import add_lora, save_lora
-from fastsd.training.model import Model, load_model, new_model
+from fastsd.training.model import Model, grow_unet, load_model, new_model
 from fastsd.training.recipe import (
     AutoencoderStage,
     DiffusionStage,
@@ -178,6 +178,8 @@ def _text(run: Run) -> Prepared:
 def _diffusion(run: Run) -> Prepared:
     stage, model = run.stage, run.model
     assert isinstance(stage, DiffusionStage)
+    if stage.grow:
+        grow_unet(model, stage.grow)
     model.unet.requires_grad_(True)
     model.text_encoder.requires_grad_(stage.train_text_encoder)
     return Prepared(

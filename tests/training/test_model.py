@@ -12,8 +12,8 @@ import safetensors.torch
 import torch
 import transformers
 
-from fastsd.errors import CheckpointError
-from fastsd.training.model import Model, load_model, new_model
+from fastsd.errors import CheckpointError, ParameterError
+from fastsd.training.model import Model, grow_unet, load_model, new_model
 from tests.oracle import load_pipeline
 from tests.training.builders import CPU, MAX_LENGTH, OPTIONS, differing, drawings, files, state_of
 
@@ -123,3 +123,42 @@ def test_configs_that_fastsd_cannot_run_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"unet/config\.json"):
         new_model(options, drawings(20), 0, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+EVERYWHERE = {"down_block_types": ["CrossAttnDownBlock2D"] * 2, "up_block_types": ["CrossAttnUpBlock2D"] * 2}
+
+
+def test_a_grown_unet_predicts_the_same_with_more_layers(model: Model, tmp_path: Path) -> None:
+    weights, old = state_of(model.unet), model.unet
+    grow_unet(model, EVERYWHERE)
+    added = state_of(model.unet).keys() - weights.keys()
+    assert {name.split(".attentions")[0] for name in added} == {"down_blocks.0", "up_blocks.1"}
+    assert not differing({name: state_of(model.unet)[name] for name in weights}, weights)
+    torch.manual_seed(0)
+    x, context, times = torch.randn(2, 8, 12, 4), torch.randn(2, 5, 16), torch.tensor([3.0, 700.0])
+    outs = [unet(x, unet.project_time(times), unet.project_context(context)) for unet in (old, model.unet)]
+    torch.testing.assert_close(outs[1], outs[0], rtol=1e-4, atol=1e-5)
+    model.save(tmp_path / "grown")
+    assert load_model(tmp_path / "grown", CPU).configs["unet"]["down_block_types"] == EVERYWHERE["down_block_types"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"up_block_typs": EVERYWHERE["up_block_types"]}, r"^grow: up_block_typs: this adds no layer$"),
+        (EVERYWHERE | {"block_out_channels": [8, 24]}, r"^grow: \S+ \[.*\] has no place in the new UNet"),
+        (
+            {"up_block_types": ["UpBlock2D"] * 2, "layers_per_block": 2},
+            r"^grow: \S+ \[.*\] has no place in the new UNet",
+        ),
+        (EVERYWHERE | {"attention_head_dim": 4}, r"^grow: .*attention_head_dim: with this the layers that there are"),
+        ({"up_block_types": ["AttnUpBlock2D"] * 2}, r"^grow: unet/config\.json: up_block_types"),
+    ],
+    ids=["typo", "width", "fewer", "heads", "unknown"],
+)
+def test_what_is_no_growth_is_refused(model: Model, changes: dict[str, Any], complaint: str) -> None:
+    old, config = model.unet, dict(model.configs["unet"])
+    with pytest.raises(ParameterError, match=complaint):
+        grow_unet(model, changes)
+    assert model.unet is old
+    assert model.configs["unet"] == config

@@ -166,6 +166,29 @@ def test_it_goes_on_bit_by_bit(whole_run: Path, tmp_path: Path) -> None:
     assert len(theirs) > 25, "some of the results were not found"
 
 
+GROWN = """
+[stages.grow]
+up_block_types = ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"]
+"""
+
+
+def test_a_unet_grows_and_goes_on_bit_by_bit(trained_folder: Path, tmp_path: Path) -> None:
+    stages = DIFFUSION + GROWN + DIFFUSION.replace('name = "diffusion"', 'name = "after"')
+    runs = []
+    for name, stop_after in (("whole", None), ("parts", 2)):
+        (tmp_path / name).mkdir()
+        small = recipe(tmp_path / name, stages, based_on(trained_folder))
+        while not train(small, stop_after=stop_after):
+            pass
+        runs.append(files(tmp_path / name / "runs", "*.safetensors") | files(tmp_path / name / "runs", "samples/*.png"))
+    assert not differing(runs[1], runs[0])
+    grown, trained = (files(path / "unet", "config.json") for path in (tmp_path / "whole/runs/model", trained_folder))
+    assert grown != trained, "the model that is written is not the grown one"
+    unet = safetensors.torch.load(runs[0]["after/model/unet/diffusion_pytorch_model.safetensors"])
+    assert unet["up_blocks.1.attentions.0.proj_out.weight"].any(), "what has grown was not trained"
+    assert_same_picture(*drawn(tmp_path / "whole" / "runs" / "model"), "the model whose UNet has grown")
+
+
 def test_a_finished_run_is_left_as_it_is(whole_run: Path) -> None:
     before = results(whole_run)
     times = {path: path.stat().st_mtime_ns for path in (whole_run / "runs").rglob("checkpoint.pt")}
