@@ -1,5 +1,6 @@
 """Recipes as TOML: what is read, and every complaint, which names the place and what would be right."""
 
+import json
 import tomllib
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from fastsd.config import ModelConfig
 from fastsd.errors import ParameterError
+from fastsd.pipeline import BUNDLED
 from fastsd.training import recipe as recipe_module
 from fastsd.training.recipe import (
     STAGES,
@@ -80,8 +82,24 @@ def test_the_bundled_recipe_is_read() -> None:
     assert config.unet.cross_attention_dim == config.text_encoder.hidden_size
     assert config.unet.sample_size * config.vae.downscale == found.data.resolution
     assert found.stages[0].kind == "text"
-    assert isinstance(found.stages[-1], AutoencoderStage)
-    assert found.stages[-1].loss.freeze_encoder, "the latents that the UNet learnt must stay what they were"
+    learnt = [stage.kind for stage in found.stages].index("diffusion")
+    later = [stage for stage in found.stages[learnt:] if isinstance(stage, AutoencoderStage)]
+    assert later, "the decoder was not trained on latents as noisy as the UNet's"
+    for stage in later:
+        assert stage.loss.freeze_encoder, "the latents that the UNet learnt must stay what they were"
+
+
+def test_the_bundled_model_has_the_recipe_s_nets() -> None:
+    recipe = read_recipe(BUNDLED_RECIPE)
+    assert recipe.model is not None
+    unet = dict(recipe.model.unet)
+    for stage in recipe.stages:
+        if isinstance(stage, DiffusionStage) and stage.grow is not None:
+            unet |= stage.grow
+    for component, options in (("unet", unet), ("vae", recipe.model.vae)):
+        written = json.loads((BUNDLED / component / "config.json").read_text(encoding="utf-8"))
+        changed = {key for key, value in options.items() if written[key] != value} - {"scaling_factor"}
+        assert not changed, f"{component}: the weights are of another recipe"
 
 
 ADDED = {"\n[data]": "\n{}\n[data]", "[data]": "[data]\n{}\n", "[[stages]]": "[[stages]]\n{}\n"}
