@@ -36,7 +36,8 @@ def make_table(
 
     steps       in [1, T]; not looked at where timesteps or sigmas are given, as in diffusers: even 0 is right there
     sampler     any name `canonical_sampler` takes, None: the checkpoint's own
-    schedule    any name `canonical_schedule` takes, None: the one in the sampler's name, else the checkpoint's own
+    schedule    any name `canonical_schedule` takes, None: the one in the sampler's name, else the checkpoint's own (of
+                dpmpp_3m_sde exponential)
     eta         in [0, 1], the noise DDIM adds (by default 0), TCD's γ (0.3); the other samplers have no such knob and leave it,
                 as diffusers does
     timesteps   numbers, strictly falling, in [0, T), for the samplers whose twin takes them
@@ -127,7 +128,7 @@ def _asked_schedule(schedule: str | None, named: str | None) -> str | None:
 
 def _default_schedule(noise: NoiseSchedule, info: SamplerInfo) -> str:
     if not info.follows_checkpoint:
-        return "uniform"
+        return info.default_schedule
     if noise.schedule not in info.schedules:
         known = ", ".join(info.schedules)
         raise ParameterError(f"schedule: fastsd has not the checkpoint's own, {noise.schedule}; choose one of {known}")

@@ -37,6 +37,7 @@ class SamplerInfo:
     zero_snr                whether it takes checkpoints of zero terminal SNR (rescale_betas_zero_snr), as its twin does
     default_eta             the eta of a caller who gives none; None: it has no such knob
     follows_checkpoint      whether the checkpoint's own schedule (use_karras_sigmas) is its default, as in its twin
+    default_schedule        otherwise; where diffusers has no twin it is AUTOMATIC1111's "Automatic"
     multistep               whether a step reads what earlier ones left; its function then heeds `Walk.begin`
     brownian                whether k-diffusion draws its noise from a Brownian path
     """
@@ -54,6 +55,7 @@ class SamplerInfo:
     zero_snr: bool = False
     default_eta: float | None = None
     follows_checkpoint: bool = False
+    default_schedule: str = "uniform"
     multistep: bool = False
     brownian: bool = False
     diffusers_options: Mapping[str, Any] = field(default_factory=dict)
@@ -148,10 +150,11 @@ SAMPLERS: dict[str, SamplerInfo] = {
             "dpmpp_3m_sde",
             "DPM++ 3M SDE",
             "",
-            "third-order multistep, fresh noise at every step (k-diffusion, sample_dpmpp_3m_sde)",
+            "third-order multistep, fresh noise at every step, exponential unless asked (k-diffusion, sample_dpmpp_3m_sde)",
             dpmpp_3m_sde,
             aliases=("k_dpmpp_3m_sde",),
             schedules=_SIGMA_SCHEDULES,
+            default_schedule="exponential",  # third order is unstable where λ's steps are uneven, as the uniform schedule's
             takes_sigmas=True,
             multistep=True,
             brownian=True,
@@ -329,7 +332,7 @@ def canonical_sampler(name: str) -> tuple[str, str | None]:
 def canonical_schedule(name: str) -> str | None:
     """The canonical name of a schedule, of "Karras", "normal", …; ParameterError, which lists the known ones.
 
-    None for "Automatic", AUTOMATIC1111's default: the one in the sampler's name, else the checkpoint's own.
+    None for "Automatic", AUTOMATIC1111's default: the one in the sampler's name, else the checkpoint's own or the sampler's.
     """
     key = _key(name)
     if key == AUTOMATIC:

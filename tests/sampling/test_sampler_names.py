@@ -115,6 +115,14 @@ def test_defaults_are_the_checkpoints():
     assert make_table(NOISE, 20, "DPM++ 2M Karras", "karras").schedule == "karras"
 
 
+def test_3m_sde_has_the_web_ui_s_schedule():
+    """On the uniform one, whose steps in log σ are uneven, its third order overshoots."""
+    for schedule in (None, "Automatic", "exponential"):
+        assert make_table(NOISE, 20, "DPM++ 3M SDE", schedule).schedule == "exponential"
+    assert make_table(NOISE, 20, "DPM++ 3M SDE", "uniform").schedule == "uniform"
+    assert make_table(NOISE, 2, "DPM++ 3M SDE", sigmas=[5.0, 1.0]).schedule == "custom"
+
+
 @pytest.mark.parametrize(
     "steps",
     [0, -1, 1001, 10**30, 10**5000, True, 20.0, "20", None, float("nan")],
