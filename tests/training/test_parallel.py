@@ -1,5 +1,6 @@
 """Two processes give what one gives, always the same; what one of them raises reaches the caller."""
 
+import atexit
 import os
 import subprocess
 import sys
@@ -70,6 +71,19 @@ def test_two_processes_go_on_bit_by_bit(pair: Path) -> None:
 def test_every_process_holds_the_result(name: str, pair: Path) -> None:
     ranks = [torch.load(pair / f"{name}-{rank}.pt") for rank in range(2)]
     assert not differing(ranks[1], ranks[0]), "the processes' weights have drifted apart"
+
+
+def abort_at_exit(folder: Path) -> None:
+    """As PyTorch's threads do now and then while the interpreter is taken down."""
+    atexit.register(os.abort)
+    print("done", parallel.rank())
+    (folder / str(parallel.rank())).touch()
+
+
+def test_a_process_that_is_done_cannot_fail_any_more(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    parallel.launch(abort_at_exit, 2, 1, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
+    assert sorted(capfd.readouterr().out.splitlines()) == ["done 0", "done 1"], "what was printed last is lost"
 
 
 def raise_in_the_second(folder: Path) -> None:
