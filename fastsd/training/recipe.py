@@ -12,6 +12,7 @@ Every key has a field in a dataclass here or in the modules that the stages use;
 """
 
 import dataclasses
+import math
 import tomllib
 import types
 import typing
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
+from fastsd.checks import integer, number
 from fastsd.errors import ParameterError
 from fastsd.training.autoencoder import AutoencoderLoss
 from fastsd.training.diffusion import DiffusionLoss
@@ -154,6 +156,8 @@ def read_recipe(path: Path) -> Recipe:
 def _check(recipe: Recipe) -> None:
     if (recipe.base is None) == (recipe.model is None):
         raise ParameterError("config: needs either base, a model to begin from, or [model], the configs of a new one")
+    if not recipe.output.strip():
+        raise ParameterError("config.output: must name a folder")
     if not recipe.stages:
         raise ParameterError("config: has no [[stages]]; there is nothing to train")
     names = [stage.name for stage in recipe.stages]
@@ -166,6 +170,9 @@ def _check(recipe: Recipe) -> None:
         raise ParameterError("config: processes must be at least 1 and threads at least 0")
     if any(stage.kind == "lora" for stage in recipe.stages[:-1]):
         raise ParameterError("config.stages: a lora stage must be the last: it leaves the model as it is")
+    integer("config.samples.num_inference_steps", recipe.samples.num_inference_steps, 1, None)
+    number("config.samples.guidance_scale", recipe.samples.guidance_scale, -1e4, 1e4)
+    integer("config.samples.seed", recipe.samples.seed, 0, 2**63 - 1)
     for stage in recipe.stages:
         _check_stage(stage, recipe)
 
@@ -197,6 +204,19 @@ def _check_stage(stage: Stage, recipe: Recipe) -> None:
         raise ParameterError(f"{where}: rank must be at least 1 and alpha above 0")
     if isinstance(stage, AutoencoderStage) and stage.crop is not None and not 8 <= stage.crop <= recipe.data.resolution:
         raise ParameterError(f"{where}.crop: must be from 8 to the resolution, {recipe.data.resolution}")
+    if not isinstance(stage, TextStage):
+        _check_loss(stage.loss, f"{where}.loss")
+
+
+def _check_loss(loss: AutoencoderLoss | DiffusionLoss, where: str) -> None:
+    """Every number of a loss is a weight, at least 0, but these."""
+    if isinstance(loss, DiffusionLoss):
+        number(f"{where}.noise_bias", loss.noise_bias, -10, 10)  # beyond, some timestep is hardly ever drawn
+        if loss.min_snr_gamma is not None and loss.min_snr_gamma <= 0 or loss.greatest_weight <= 0:
+            raise ParameterError(f"{where}: min_snr_gamma and greatest_weight must be above 0")
+    for name, value in vars(loss).items():
+        if name not in ("noise_bias", "posterior_logvar") and isinstance(value, float) and value < 0:
+            raise ParameterError(f"{where}.{name}: must be at least 0")
 
 
 def _folder_name(name: str) -> bool:
@@ -240,7 +260,9 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return typed(cast(type, hint), value, where)
     plain = origin or hint
     if plain is float and type(value) is int:
-        return float(value)
+        value = float(value)
+    if type(value) is float and not math.isfinite(value):
+        raise ParameterError(f"{where}: must be a finite number, not {value}")
     if type(value) is not plain:
         raise ParameterError(f"{where}: must be {_KINDS[plain]}, not {quoted(value)}")
     return value

@@ -36,6 +36,7 @@ from fastsd.training.recipe import (
     TextStage,
 )
 from fastsd.training.shapes import Shapes
+from fastsd.wording import quoted
 
 LORA = "lora.safetensors"
 
@@ -49,7 +50,10 @@ def train(recipe: Recipe, stop_after: int | None = None, dataset: Dataset | None
     """
     dataset = open_dataset(recipe) if dataset is None else dataset
     output = Path(recipe.output)
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ParameterError(f"output: {quoted(recipe.output)} cannot be made a folder: {error.strerror}") from error
     source = recipe.base
     if recipe.model is not None:
         source = str(_start(recipe, recipe.model, dataset, output))

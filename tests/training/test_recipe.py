@@ -147,6 +147,21 @@ ADDED = {"\n[data]": "\n{}\n[data]", "[data]": "[data]\n{}\n", "[[stages]]": "[[
             "config.stages[0].loss.measure: must be one of prediction, v, not 'x'",
         ),
         ("[[stages]]", "loss = { kl = 1.0 }", "config.stages[0].loss: unknown 'kl'; it knows measure, min_snr_gamma"),
+        ("[[stages]]", "loss = { claims = -1 }", "config.stages.lora.loss.claims: must be at least 0"),
+        (
+            "[[stages]]",
+            "loss = { min_snr_gamma = 0 }",
+            "config.stages.lora.loss: min_snr_gamma and greatest_weight must",
+        ),
+        (
+            "[[stages]]",
+            "loss = { noise_bias = 99 }",
+            "config.stages.lora.loss.noise_bias: 99.0 is not right; it must be",
+        ),
+        ("[[stages]]", "loss = { noise_bias = nan }", "config.stages[0].loss.noise_bias: must be a finite number"),
+        ("\n[data]", "samples = { num_inference_steps = 0 }", "config.samples.num_inference_steps: 0 is out of range"),
+        ("\n[data]", "samples = { guidance_scale = 1e5 }", "config.samples.guidance_scale: 100000.0 is not right"),
+        ("\n[data]", "samples = { seed = -1 }", "config.samples.seed: -1 is out of range"),
         ("[[stages]]", "layers = 'to_q'", "config.stages[0].layers: must be a list, not 'to_q'"),
         ("[[stages]]", "name = 'start'", "config.stages: each needs a name of its own, and not start or model"),
         ("[[stages]]", "name = 'model'", "config.stages: each needs a name of its own"),
@@ -170,7 +185,8 @@ def test_complaints(where: str, line: str, message: str, tmp_path: Path) -> None
         ("steps = 9, checkpoint_every = 0", ".checkpoint_every: must be at least 1"),
         ("steps = 9, log_every = -1", ".log_every: must be at least 1"),
         ("steps = 9, learning_rate = 0", ": learning_rate must be in (0, 1)"),
-        ("steps = 9, learning_rate = nan", ": learning_rate must be in (0, 1)"),
+        ("steps = 9, learning_rate = nan", ".learning_rate: must be a finite number, not nan"),
+        ("steps = 9, clip_norm = inf", ".clip_norm: must be a finite number, not inf"),
         ("steps = 9, ema_decay = 1.0", ": learning_rate must be in (0, 1), ema_decay in [0, 1)"),
         ("steps = 9, ema_ramp = 0", ".ema_ramp: must be above 0"),
         ("steps = 9, warmup_steps = -1", ": learning_rate must be"),
@@ -178,7 +194,7 @@ def test_complaints(where: str, line: str, message: str, tmp_path: Path) -> None
         ("steps = 9, betas = [0.9, 1.0]", ": betas must be in [0, 1)"),
         ("steps = 9, betas = [0.9]", ".betas: must be a list, not [0.9]"),
         ("steps = 9, final_rate = 1.5", ": betas must be in [0, 1), final_rate in [0, 1]"),
-        ("steps = 9, weight_decay = nan", ": betas must be in [0, 1), final_rate in [0, 1], weight_decay at least 0"),
+        ("steps = 9, weight_decay = -1", ": betas must be in [0, 1), final_rate in [0, 1], weight_decay at least 0"),
         ("steps = 9, seed = -1", ": seed, sample_every and workers must be at least 0"),
         ("steps = 9, sample_every = -1", ": seed, sample_every and workers must be at least 0"),
         ("steps = 9, workers = -1", ": seed, sample_every and workers must be at least 0"),
@@ -189,6 +205,16 @@ def test_complaints(where: str, line: str, message: str, tmp_path: Path) -> None
 def test_complaints_about_fitting(fit: str, message: str, tmp_path: Path) -> None:
     found = complaint(tmp_path, SHORT.replace("steps = 10", fit))
     assert found.startswith((f"config.stages.lora.fit{message}", f"config.stages[0].fit{message}")), found
+
+
+def test_weights_of_an_autoencoder_s_loss_are_no_less_than_0(tmp_path: Path) -> None:
+    text = SHORT.replace('kind = "lora"', 'kind = "autoencoder"\nloss = { posterior_logvar = -4.6, kl = -1.0 }')
+    assert complaint(tmp_path, text) == "config.stages.autoencoder.loss.kl: must be at least 0"
+
+
+@pytest.mark.parametrize("output", ["", " "])
+def test_an_output_has_a_name(output: str, tmp_path: Path) -> None:
+    assert complaint(tmp_path, SHORT.replace('"out"', f'"{output}"')) == "config.output: must name a folder"
 
 
 def test_brief_captions_are_a_share(tmp_path: Path) -> None:

@@ -359,6 +359,12 @@ def test_sides_that_the_autoencoder_cannot_halve(
         train(replace(small, data=replace(small.data, resolution=resolution)))
 
 
+def test_an_output_that_is_a_file(trained_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs").touch()
+    with pytest.raises(ParameterError, match=r"^output: '.*runs' cannot be made a folder: File exists$"):
+        train(recipe(tmp_path, LORA, based_on(trained_folder)))
+
+
 def test_a_base_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no-model"):
         train(recipe(tmp_path, TEXT, based_on(tmp_path / "no-model")))
