@@ -212,7 +212,7 @@ def _check_loss(loss: AutoencoderLoss | DiffusionLoss, where: str) -> None:
     """Every number of a loss is a weight, at least 0, but these."""
     if isinstance(loss, DiffusionLoss):
         number(f"{where}.noise_bias", loss.noise_bias, -10, 10)  # beyond, some timestep is hardly ever drawn
-        if loss.min_snr_gamma is not None and loss.min_snr_gamma <= 0 or loss.greatest_weight <= 0:
+        if (loss.min_snr_gamma is not None and loss.min_snr_gamma <= 0) or loss.greatest_weight <= 0:
             raise ParameterError(f"{where}: min_snr_gamma and greatest_weight must be above 0")
     for name, value in vars(loss).items():
         if name not in ("noise_bias", "posterior_logvar") and isinstance(value, float) and value < 0:
