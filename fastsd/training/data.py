@@ -4,6 +4,7 @@ Every random choice about an item (which it is, its crop, its caption) follows f
 that was interrupted goes on as if it had not been, and neither the number of processes nor of loader workers changes the data.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -31,7 +32,8 @@ class Dataset(Protocol):
     """Pictures with captions. One picture may have many captions: rng chooses.
 
     A data set whose captions say what they state has a dict `slots` as well: what may be stated → the values. One that can say
-    less has a method `brief_caption`, like `caption`.
+    less has a method `brief_caption`, like `caption`. One that may change while its length stays has a method `fingerprint`, a
+    string that changes with any of its pictures and captions: a run must not go on with others.
     """
 
     def __len__(self) -> int: ...
@@ -40,6 +42,17 @@ class Dataset(Protocol):
         """[H, W, 3] uint8, the same at each call."""
 
     def caption(self, index: int, rng: np.random.Generator) -> Caption: ...
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """The data set's own, or a hash of four of its pictures."""
+    own = getattr(dataset, "fingerprint", None)
+    if own is not None:
+        return str(own())
+    hashed = hashlib.sha256()
+    for index in sorted({place * (len(dataset) - 1) // 3 for place in range(4)}):
+        hashed.update(np.ascontiguousarray(dataset.image(index)).tobytes())
+    return hashed.hexdigest()[:16]
 
 
 class Source(Protocol):

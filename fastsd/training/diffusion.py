@@ -13,12 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastsd.errors import ParameterError
 from fastsd.models.clip import CLIPText
 from fastsd.models.unet import UNet
 from fastsd.sampling.schedule import NoiseSchedule
 from fastsd.training.claims import Captions, ClaimHeads, Slots, end_state
 from fastsd.training.data import Batch, Draws
 from fastsd.training.loop import Task
+
+FAINTEST = 1e-6
+"""ᾱ of the last timestep for weights, where a schedule of zero terminal SNR has 0 (Lin et al. 2023, arXiv 2305.08891)."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +56,15 @@ class DiffusionTask(Task):
         super().__init__()
         self.unet, self.text_encoder, self.loss = unet, text_encoder, loss
         self.prediction_type = schedule.prediction_type
+        if self.prediction_type == "epsilon" and schedule.alphas_cumprod[-1] == 0:
+            raise ParameterError("scheduler: with zero terminal SNR a model cannot predict epsilon; train one for v")
         width = text_encoder.config.hidden_size
         self.heads = ClaimHeads(slots, width) if loss.claims and slots is not None else None
         alphas = torch.tensor(schedule.alphas_cumprod)
         self.register_buffer("signal", alphas.sqrt().float(), persistent=False)
         self.register_buffer("noise", (1 - alphas).sqrt().float(), persistent=False)
         self.register_buffer("weights", timestep_weights(schedule, loss).float(), persistent=False)
-        self.register_buffer("density", alphas**-loss.noise_bias, persistent=False)
+        self.register_buffer("density", alphas.clamp(min=FAINTEST) ** -loss.noise_bias, persistent=False)
 
     signal: Tensor
     noise: Tensor
@@ -90,7 +96,7 @@ class DiffusionTask(Task):
 
 def timestep_weights(schedule: NoiseSchedule, loss: DiffusionLoss) -> Tensor:
     """The factor of each timestep's squared error. [T] float64."""
-    alphas = torch.tensor(schedule.alphas_cumprod)
+    alphas = torch.tensor(schedule.alphas_cumprod).clamp(min=FAINTEST)
     snr = alphas / (1 - alphas)
     per_v = {"epsilon": 1 + 1 / snr, "v_prediction": torch.ones_like(snr), "sample": 1 + snr}[schedule.prediction_type]
     if loss.measure == "v":

@@ -3,6 +3,7 @@
 The text files are what kohya's trainer reads; the other, lines of {"file_name": …, "text": …}, is Hugging Face's ImageFolder.
 """
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -33,6 +34,7 @@ class PictureFolder:
         listed = _listed(path / METADATA)
         self.files, self.resolution = files, resolution
         self.captions = [listed.get(file.name) or _beside(file) for file in files]
+        self._fingerprint: str | None = None
         missing = [file.name for file, captions in zip(files, self.captions, strict=True) if not captions]
         if missing:
             raise ParameterError(
@@ -53,9 +55,25 @@ class PictureFolder:
         size = (self.resolution, self.resolution)
         return np.asarray(ImageOps.fit(picture, size, Image.Resampling.LANCZOS))
 
+    def fingerprint(self) -> str:
+        """Of the files' names and bytes, and the captions."""
+        if self._fingerprint is None:
+            hashed = hashlib.sha256(json.dumps(self.captions).encode())
+            for file in self.files:
+                hashed.update(file.name.encode() + hashlib.sha256(_bytes(file)).digest())
+            self._fingerprint = hashed.hexdigest()[:16]
+        return self._fingerprint
+
     def caption(self, index: int, rng: np.random.Generator) -> Caption:
         captions = self.captions[index]
         return Caption(captions[rng.integers(len(captions))], {})
+
+
+def _bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ImageError(f"{file.name}: cannot be read: {error.strerror}") from error
 
 
 def _beside(file: Path) -> list[str]:
@@ -79,6 +97,6 @@ def _listed(path: Path) -> dict[str, list[str]]:
 def _lines(path: Path) -> list[str]:
     """Of a text file; none if there is no such file. Not splitlines(): it also splits at what JSON allows in a string."""
     try:
-        return path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+        return path.read_text(encoding="utf-8-sig").split("\n") if path.is_file() else []
     except UnicodeDecodeError as error:
         raise ParameterError(f"data.path: {path.name} is not UTF-8 text; save it so") from error

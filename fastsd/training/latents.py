@@ -2,16 +2,19 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from fastsd.errors import CheckpointError
 from fastsd.training import parallel
 from fastsd.training.autoencoder import as_tensor
-from fastsd.training.data import Dataset
+from fastsd.training.data import Dataset, fingerprint
 from fastsd.training.model import Model
 
 ENCODED_AT_ONCE = 16
@@ -28,7 +31,7 @@ def cached_latents(model: Model, dataset: Dataset, data: Mapping[str, Any], fold
     if not path.exists():
         shape = (len(dataset), *encode(model, dataset, range(1)).shape[1:])
         if rank == 0:
-            np.lib.format.open_memmap(temporary, "w+", np.float16, shape).flush()
+            _allocate(temporary, shape)
         parallel.wait()
         latents = np.lib.format.open_memmap(temporary, "r+")
         mine = range(rank * len(dataset) // ranks, (rank + 1) * len(dataset) // ranks)
@@ -41,6 +44,26 @@ def cached_latents(model: Model, dataset: Dataset, data: Mapping[str, Any], fold
     parallel.wait()
     mapped: np.ndarray = np.load(path, mmap_mode="r")
     return mapped
+
+
+def _allocate(path: Path, shape: tuple[int, ...]) -> None:
+    """An array of zeros, all of it on the disk: one that is too small would end the process when a mapped page is written."""
+    try:
+        with path.open("wb") as file:
+            header = {
+                "descr": np.lib.format.dtype_to_descr(np.dtype(np.float16)),
+                "fortran_order": False,
+                "shape": shape,
+            }
+            np.lib.format.write_array_header_1_0(file, header)
+            row = bytes(2 * prod(shape[1:]))
+            for _ in range(shape[0]):
+                file.write(row)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise CheckpointError(f"{path.name}: cannot be written: {error.strerror}") from error
 
 
 @torch.inference_mode()
@@ -63,7 +86,8 @@ def _parts(indices: range) -> list[range]:
 
 
 def _digest(model: Model, dataset: Dataset, data: Mapping[str, Any]) -> str:
-    hashed = hashlib.sha256(json.dumps([data, len(dataset), model.vae.config.scaling_factor], sort_keys=True).encode())
+    parts = [data, len(dataset), fingerprint(dataset), model.vae.config.scaling_factor]
+    hashed = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     for name, tensor in model.vae.state_dict().items():
         if name.startswith(("encoder.", "quant_conv.")):
             hashed.update(tensor.float().cpu().contiguous().numpy().tobytes())

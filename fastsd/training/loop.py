@@ -4,8 +4,8 @@ What is trained is a `Task`; everything random comes from data.py by (seed, step
 """
 
 import json
+import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,9 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastsd.errors import CheckpointError, NumericsError
+from fastsd.checkpoints.folder_writer import written
+from fastsd.errors import CheckpointError, FastSDError, NumericsError
 from fastsd.training import parallel
 from fastsd.training.data import Batch, Draws, Share, Source, batches
+
+logger = logging.getLogger("fastsd")
 
 Precision = Literal["fp32", "bf16", "fp16"]
 CHECKPOINT = "checkpoint.pt"
@@ -85,18 +88,26 @@ def fit(
         values = state.advance(_moved(batch, device), draws)
         if log is not None and (state.step % options.log_every == 0 or state.step == stop):
             log.write(state.step, values)
-        if on_sample is not None and options.sample_every and state.step % options.sample_every == 0:
-            with state.averaged():
-                on_sample(state.step)
         if state.step % options.checkpoint_every == 0 or state.step == stop:
             if parallel.rank() == 0:
                 state.save(path)
             parallel.wait()
+        if on_sample is not None and options.sample_every and state.step % options.sample_every == 0:
+            with state.averaged():
+                _try_sample(on_sample, state.step)
     if log is not None:
         log.close()
     if state.step == options.steps:
         state.keep_average()
     return state.step == options.steps
+
+
+def _try_sample(on_sample: Callable[[int], None], step: int) -> None:
+    """Pictures on the way are not worth a run: memory may be too small for them, or the disk full."""
+    try:
+        on_sample(step)
+    except (FastSDError, OSError) as error:
+        logger.warning("samples of step %d: %s; the training goes on without them", step, error)
 
 
 def learning_rate(step: int, options: FitOptions) -> float:
@@ -200,7 +211,6 @@ class _State:
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
         state = {
             "step": self.step,
             "weights": {name: p.detach() for name, p in self.weights.items()},
@@ -208,15 +218,12 @@ class _State:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
-        with temporary.open("wb") as file:
+        with written(path) as temporary, temporary.open("wb") as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
 
     def load(self, path: Path) -> None:
         try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)  # AdamW's step counts stay there
             shapes = {name: tuple(p.shape) for name, p in state["weights"].items()}
         except Exception as error:
             raise CheckpointError(

@@ -14,16 +14,17 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from fastsd.checkpoints.folder_writer import written
 from fastsd.device import select_device
 from fastsd.errors import ParameterError
 from fastsd.training import parallel, report
 from fastsd.training.autoencoder import AutoencoderTask, Pictures, fix_posterior
 from fastsd.training.claims import Captions, ClaimsTask, Slots
-from fastsd.training.data import Dataset, Source
+from fastsd.training.data import Dataset, Source, fingerprint
 from fastsd.training.diffusion import CaptionedLatents, DiffusionTask
 from fastsd.training.folder_data import PictureFolder
 from fastsd.training.latents import cached_latents, measured_scale
-from fastsd.training.loop import Task, fit
+from fastsd.training.loop import CHECKPOINT, Task, fit
 from fastsd.training.lora import add_lora, save_lora
 from fastsd.training.model import Model, grow_unet, load_model, new_model
 from fastsd.training.recipe import (
@@ -62,7 +63,9 @@ def train(recipe: Recipe, stop_after: int | None = None, dataset: Dataset | None
     for stage in recipe.stages:
         folder = output / stage.name
         result = folder / (LORA if isinstance(stage, LoraStage) else "model")
-        before = _check_same(folder, recipe, stage, len(dataset), before)
+        before = _check_same(
+            folder, recipe, stage, dataset, before, folder.joinpath(CHECKPOINT).exists() or result.exists()
+        )
         if not result.exists():
             parallel.launch(run_stage, recipe.processes, recipe.threads, recipe, stage, source, dataset, stop_after)
             if not result.exists():
@@ -101,12 +104,19 @@ def run_stage(recipe: Recipe, stage: Stage, source: str, dataset: Dataset, stop_
     folder = Path(recipe.output) / stage.name
     torch.manual_seed(recipe.seed)  # of what a task adds to the model
     prepared = _PREPARE[type(stage)](Run(recipe, stage, source, folder, dataset, model))
+    prepared.task.to(device)  # what the task adds to the nets
     first = parallel.rank() == 0
-    done = fit(prepared.task, prepared.data, stage.fit, folder, prepared.draw if first else None, stop_after)
-    if first:
+
+    def show(step: int) -> None:
         report.draw_losses(folder)
+        if prepared.draw is not None:
+            prepared.draw(step)
+
+    done = fit(prepared.task, prepared.data, stage.fit, folder, show if first else None, stop_after)
     if done and first:
         prepared.finish()
+    if first:
+        report.draw_losses(folder)
     parallel.wait()
 
 
@@ -260,23 +270,28 @@ def _check_sides(recipe: Recipe, stage: Stage, model: Model) -> None:
         )
 
 
-def _check_same(folder: Path, recipe: Recipe, stage: Stage, pictures: int, before: str) -> str:
-    """ParameterError if the folder holds a stage begun with other options, or after others (digest `before`) → its digest."""
+def _check_same(folder: Path, recipe: Recipe, stage: Stage, dataset: Dataset, before: str, begun: bool) -> str:
+    """The digest of a stage, which is of all that its result depends on: `before` is that of the stage before.
+
+    ParameterError if the folder holds one that was begun otherwise; begun: whether it holds any steps.
+    """
     fit_options = {
         name: value
         for name, value in asdict(stage.fit).items()
         if name not in ("log_every", "checkpoint_every", "sample_every", "workers")  # these do not change the result
     }
     options = asdict(stage) | {"fit": fit_options}
-    data = asdict(recipe.data) | {"pictures": pictures}
-    begun = {"stage": options, "data": data, "before": before, "processes": recipe.processes}
+    if isinstance(stage, LoraStage):
+        options["dtype"] = recipe.dtype  # of its file; a model's is that of model/ in the end
+    data = asdict(recipe.data) | {"pictures": len(dataset), "fingerprint": fingerprint(dataset)}
+    text = json.dumps({"stage": options, "data": data, "before": before, "processes": recipe.processes}, indent=1)
     path = folder / "stage.json"
-    text = json.dumps(begun, indent=1)
-    if path.exists() and path.read_text(encoding="utf-8") != text:
+    if begun and path.exists() and path.read_text(encoding="utf-8") != text:
         raise ParameterError(
             f"output: {folder.name}/ was begun with another config or other data; remove it to train that stage anew, or choose "
             "another output"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    with written(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     return hashlib.sha256(text.encode()).hexdigest()
