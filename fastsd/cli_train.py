@@ -17,7 +17,9 @@ def train(
     ] = None,
     stop_after: Annotated[
         int | None,
-        typer.Option(min=1, help="Steps after which to stop, with a checkpoint.", show_default="when all is done"),
+        typer.Option(
+            min=1, help="Stop, with a checkpoint, after so many steps of a stage.", show_default="when all is done"
+        ),
     ] = None,
     debug: options.Debug = False,
 ) -> None:

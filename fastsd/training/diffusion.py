@@ -24,6 +24,10 @@ from fastsd.training.loop import Task
 FAINTEST = 1e-6
 """ᾱ of the last timestep for weights, where a schedule of zero terminal SNR has 0 (Lin et al. 2023, arXiv 2305.08891)."""
 
+NOISIEST = 0.004
+"""Below this ᾱ (Stable Diffusion's last is 0.0047) `noise_bias` favours no timestep more: where a schedule ends in 0, hardly
+anything but its end would be drawn."""
+
 
 @dataclass(frozen=True)
 class DiffusionLoss:
@@ -37,7 +41,9 @@ class DiffusionLoss:
     min_snr_gamma: float | None = None  # γ of min(SNR, γ); None: off
     least_weight: float = 0.0  # of min-SNR's factor
     greatest_weight: float = 120.0  # of 1 + 1/SNR
-    noise_bias: float = 0.0  # timesteps are drawn in proportion to ᾱ^(−noise_bias): above 0, high noise more often
+    noise_bias: float = (
+        0.0  # timesteps are drawn in proportion to ᾱ^(−noise_bias), see NOISIEST: above 0, high noise more often
+    )
     input_perturbation: float = 0.0  # γ, the deviation of the further noise, in that of the noise
     claims: float = 0.0  # of the heads' loss, see claims.py
 
@@ -64,7 +70,7 @@ class DiffusionTask(Task):
         self.register_buffer("signal", alphas.sqrt().float(), persistent=False)
         self.register_buffer("noise", (1 - alphas).sqrt().float(), persistent=False)
         self.register_buffer("weights", timestep_weights(schedule, loss).float(), persistent=False)
-        self.register_buffer("density", alphas.clamp(min=FAINTEST) ** -loss.noise_bias, persistent=False)
+        self.register_buffer("density", alphas.clamp(min=NOISIEST) ** -loss.noise_bias, persistent=False)
 
     signal: Tensor
     noise: Tensor

@@ -29,6 +29,7 @@ from fastsd.training.loop import FitOptions
 from fastsd.wording import quoted
 
 T = TypeVar("T")
+LARGEST_BATCH, LARGEST_RANK = 65_536, 4096
 _AUTOENCODER_LOSS, _DIFFUSION_LOSS = AutoencoderLoss(), DiffusionLoss()
 
 
@@ -182,6 +183,8 @@ def _check_stage(stage: Stage, recipe: Recipe) -> None:
     for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
         if getattr(fit, name) < 1:
             raise ParameterError(f"{where}.fit.{name}: must be at least 1")
+    if fit.batch_size > LARGEST_BATCH:
+        raise ParameterError(f"{where}.fit.batch_size: must be at most {LARGEST_BATCH}")
     if fit.batch_size % recipe.processes:
         raise ParameterError(
             f"{where}.fit.batch_size: {fit.batch_size} is not a multiple of {recipe.processes} processes"
@@ -200,8 +203,8 @@ def _check_stage(stage: Stage, recipe: Recipe) -> None:
         raise ParameterError(f"{where}.dropout: must be in [0, 1)")
     if isinstance(stage, DiffusionStage) and not 0 <= stage.brief_captions <= 1:
         raise ParameterError(f"{where}.brief_captions: must be in [0, 1]")
-    if isinstance(stage, LoraStage) and (stage.rank < 1 or stage.alpha <= 0):
-        raise ParameterError(f"{where}: rank must be at least 1 and alpha above 0")
+    if isinstance(stage, LoraStage) and (not 1 <= stage.rank <= LARGEST_RANK or stage.alpha <= 0):
+        raise ParameterError(f"{where}: rank must be at least 1 and at most {LARGEST_RANK}, and alpha above 0")
     if isinstance(stage, AutoencoderStage) and stage.crop is not None and not 8 <= stage.crop <= recipe.data.resolution:
         raise ParameterError(f"{where}.crop: must be from 8 to the resolution, {recipe.data.resolution}")
     if not isinstance(stage, TextStage):
@@ -259,6 +262,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return typed(cast(type, hint), value, where)
     plain = origin or hint
+    if type(value) is int and not -(2**63) <= value < 2**63:
+        raise ParameterError(f"{where}: must fit in 64 bits, not {quoted(value)}")
     if plain is float and type(value) is int:
         value = float(value)
     if type(value) is float and not math.isfinite(value):

@@ -15,6 +15,7 @@ import transformers
 from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
+from fastsd.errors import ParameterError
 from fastsd.sampling.schedule import NoiseSchedule
 from fastsd.training.claims import Captions
 from fastsd.training.data import Batch, Draws, Share, batches
@@ -214,6 +215,12 @@ def test_weights_are_finite_where_nothing_of_the_picture_is_left(loss: Diffusion
     whole = NoiseSchedule.from_config(config)
     assert whole.alphas_cumprod[-1] == 0
     assert timestep_weights(whole, loss).isfinite().all()
+    net = Answering(torch.zeros(1))
+    task = DiffusionTask(net, Reading(), whole, replace(loss, noise_bias=0.5))  # type: ignore[arg-type]
+    assert (draws(1000).spread(task.density) == 999).sum() < 20, "hardly anything but the last timestep is drawn"
+    epsilon = NoiseSchedule.from_config(config | {"prediction_type": "epsilon"})
+    with pytest.raises(ParameterError, match="zero terminal SNR"):
+        DiffusionTask(net, Reading(), epsilon, loss)  # type: ignore[arg-type]
 
 
 def test_the_loss_weighs_each_picture_by_its_timestep() -> None:

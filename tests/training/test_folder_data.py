@@ -107,6 +107,13 @@ def test_metadata_that_is_wrong_names_its_line(line: str, folder: Path) -> None:
         PictureFolder(folder, 40)
 
 
+def test_files_that_windows_begins_with_a_mark(folder: Path) -> None:
+    (folder / "b-wide.txt").write_text("wide", encoding="utf-8-sig")
+    line = json.dumps({"file_name": "a-gray.JPG", "text": "gray"})
+    (folder / "metadata.jsonl").write_text(line + "\n", encoding="utf-8-sig")
+    assert PictureFolder(folder, 40).captions[:2] == [["gray"], ["wide"]]
+
+
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for name in ("missing", "file"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastsd.errors import CheckpointError, NumericsError
+from fastsd.errors import CheckpointError, NumericsError, OutOfMemoryError
 from fastsd.training.data import Draws, Share, batches
 from fastsd.training.loop import CHECKPOINT, LOG, FitOptions, ema_decay, fit, learning_rate
 from tests.measured import measured
@@ -43,6 +43,23 @@ def test_neither_workers_nor_samples_nor_checkpoints_change_the_result(tmp_path:
     fit(task, Numbers(), options(**changes), tmp_path / "other", sample)
     assert not differing(state_of(task), state_of(plain)), "the trained weights differ"
     assert [step for step, _ in seen] == [2, 4, 6]
+
+
+@pytest.mark.parametrize("error", [OutOfMemoryError("memory"), OSError(28, "No space left on device")])
+def test_pictures_that_cannot_be_drawn_do_not_end_a_run(
+    error: Exception, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    steps = []
+
+    def sample(step: int) -> None:
+        steps.append(checkpoint(tmp_path)["step"])
+        raise error
+
+    assert fit(Toy(), Numbers(), options(checkpoint_every=3, sample_every=3), tmp_path, sample)
+    assert steps[0] == 3, "the steps before were not saved"
+    assert f"samples of step 3: {error}; the training goes on without them" in caplog.text
+    fit_in_parts(tmp_path / "other", [None])
+    assert not differing(checkpoint(tmp_path), checkpoint(tmp_path / "other"))
 
 
 def test_samples_are_of_the_moving_average(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_every_process_holds_the_result(name: str, pair: Path) -> None:
 def abort_at_exit(folder: Path) -> None:
     """As PyTorch's threads do now and then while the interpreter is taken down."""
     atexit.register(os.abort)
-    print("done", parallel.rank())
+    print(f"done {parallel.rank()}\n", end="")
     (folder / str(parallel.rank())).touch()
 
 

@@ -1,5 +1,6 @@
 """A recipe from its first stage to a model: what is written, who can read it, and that it goes on where it stopped."""
 
+import errno
 import json
 import shutil
 from dataclasses import replace
@@ -15,7 +16,9 @@ from PIL import Image
 
 import fastsd
 from fastsd.errors import CheckpointError, ParameterError
+from fastsd.training import latents, run
 from fastsd.training.autoencoder import as_tensor
+from fastsd.training.model import load_model
 from fastsd.training.recipe import Recipe
 from fastsd.training.run import train
 from tests.measured import measured
@@ -318,6 +321,78 @@ def test_other_pictures_than_at_the_beginning_are_refused(trained_folder: Path, 
     (pictures / "00.txt").write_text("one more")
     with pytest.raises(ParameterError, match=r"^output: lora/ was begun with another config or other data; remove it"):
         train(small)
+
+
+def test_a_full_disk_is_told_before_latents_are_computed(
+    trained_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page of a mapped file that the disk has no room for ends the process; so room is taken first."""
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(latents.os, "fsync", full)
+    with pytest.raises(CheckpointError, match=r"^latents-.*\.npy: cannot be written: No space left on device$"):
+        latents.cached_latents(load_model(trained_folder, torch.device("cpu")), drawings(), {}, tmp_path)
+    assert not list(tmp_path.glob("latents*")), "something is left over"
+
+
+@pytest.mark.parametrize("change", ["picture", "name", "caption"])
+def test_as_many_other_pictures_are_refused(change: str, trained_folder: Path, tmp_path: Path) -> None:
+    """Their latents would stand beside the others' captions."""
+    pictures = picture_folder(tmp_path / "pictures")
+    text = based_on(trained_folder)
+    assert not train(recipe(tmp_path, LORA, text, pictures_of(pictures)), stop_after=1)
+    if change == "picture":
+        Image.new("RGB", (32, 32), "white").save(pictures / "1.png")
+    if change == "name":
+        for suffix in (".png", ".txt"):
+            (pictures / f"1{suffix}").rename(pictures / f"9{suffix}")
+    if change == "caption":
+        (pictures / "1.txt").write_text("something else")
+    with pytest.raises(ParameterError, match=r"^output: lora/ was begun with another config or other data; remove it"):
+        train(recipe(tmp_path, LORA, text, pictures_of(pictures)))
+    shutil.rmtree(tmp_path / "runs" / "lora")
+    assert not train(recipe(tmp_path, LORA, text, pictures_of(pictures)), stop_after=1)
+    assert len(list((tmp_path / "runs").glob("latents-*.npy"))) == 2, "the former pictures' latents were taken"
+
+
+def test_other_drawings_of_one_s_own_are_refused(trained_folder: Path, tmp_path: Path) -> None:
+    small = recipe(tmp_path, LORA, based_on(trained_folder))
+    assert not train(small, stop_after=1, dataset=drawings())
+    other = drawings()
+    other.seed += 1
+    with pytest.raises(ParameterError, match=r"^output: lora/ was begun with another config or other data"):
+        train(small, dataset=other)
+
+
+def test_a_first_try_that_failed_may_be_mended(trained_folder: Path, tmp_path: Path) -> None:
+    wrong = LORA.replace("rank =", 'layers = ["to_qq"]\nrank =')
+    with pytest.raises(ParameterError, match="to_qq"):
+        train(recipe(tmp_path, wrong, based_on(trained_folder)))
+    assert not train(recipe(tmp_path, LORA, based_on(trained_folder)), stop_after=1)
+
+
+def test_all_that_is_trained_is_on_the_nets_device(
+    trained_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On "meta" in the place of a GPU: what a task adds to the nets, its tables and heads, must be moved as well."""
+    seen: list[torch.nn.Module] = []
+
+    def look(task: torch.nn.Module, *rest: Any) -> bool:
+        seen.append(task)
+        return False
+
+    monkeypatch.setattr(run, "_own_device", lambda recipe: torch.device("meta"))
+    monkeypatch.setattr(run, "cached_latents", lambda *args: np.zeros((1, 16, 16, 4), np.float16))
+    monkeypatch.setattr(run, "fit", look)
+    monkeypatch.setattr(run.report, "draw_losses", lambda folder: None)
+    for number, stages in enumerate((TEXT, AUTOENCODER, DIFFUSION, LORA)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        assert not train(recipe(folder, stages, based_on(trained_folder)))
+        devices = {t.device.type for t in (*seen[-1].parameters(), *seen[-1].buffers())}
+        assert devices == {"meta"}, f"{type(seen[-1]).__name__}: parts of it stayed on {devices - {'meta'}}"
 
 
 @pytest.mark.parametrize("stages", [TEXT, DIFFUSION], ids=["text", "claims"])
