@@ -22,6 +22,7 @@ from fastsd.checkpoints.folder_writer import written
 from fastsd.errors import CheckpointError, FastSDError, NumericsError
 from fastsd.training import parallel
 from fastsd.training.data import Batch, Draws, Share, Source, batches
+from fastsd.training.determinism import Repeatable
 
 logger = logging.getLogger("fastsd")
 
@@ -81,11 +82,9 @@ def fit(
     start = state.step
     stop = options.steps if stop_after is None else min(options.steps, start + stop_after)
     share = Share.of(options.batch_size, parallel.rank(), parallel.processes())
-    device = next(task.parameters()).device
     log = _Log(folder, start, options.steps) if parallel.rank() == 0 else None
     for batch in batches(source, share, options.seed, start, stop, options.workers):
-        draws = Draws(options.seed, state.step, share, device)
-        values = state.advance(_moved(batch, device), draws)
+        values = state.advance(_moved(batch, state.device), share)
         if log is not None and (state.step % options.log_every == 0 or state.step == stop):
             log.write(state.step, values)
         if state.step % options.checkpoint_every == 0 or state.step == stop:
@@ -140,14 +139,12 @@ class _State:
         self.ema = {name: p.detach().clone() for name, p in self.weights.items()} if options.ema_decay else {}
         self.device = next(iter(self.weights.values())).device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.precision == "fp16")
+        self.repeatable = Repeatable()
 
-    def advance(self, batch: Batch, draws: Draws) -> dict[str, float]:
+    def advance(self, batch: Batch, share: Share) -> dict[str, float]:
         """One step on this process's share of a batch → the losses, meaned over the processes."""
         options = self.options
-        with self._precision():
-            losses = self.task.losses(batch, draws, self.step / options.steps)
-        self.optimizer.zero_grad(set_to_none=False)
-        self.scaler.scale(losses["loss"]).backward()
+        losses = self.repeatable(self._differentiated, batch, share)
         rate = learning_rate(self.step, options)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -178,6 +175,15 @@ class _State:
             torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.weights.values()], weight)
         self.step += 1
         return dict(zip(losses, values.tolist(), strict=True)) | {"norm": norm.item(), "rate": rate}
+
+    def _differentiated(self, batch: Batch, share: Share) -> dict[str, Tensor]:
+        """The losses; their gradients lie in the weights' grad."""
+        draws = Draws(self.options.seed, self.step, share, self.device)
+        with self._precision():
+            losses = self.task.losses(batch, draws, self.step / self.options.steps)
+        self.optimizer.zero_grad(set_to_none=False)
+        self.scaler.scale(losses["loss"]).backward()
+        return losses
 
     @contextmanager
     def _precision(self) -> Iterator[None]:

@@ -21,6 +21,7 @@ from fastsd.training import parallel, report
 from fastsd.training.autoencoder import AutoencoderTask, Pictures, fix_posterior
 from fastsd.training.claims import Captions, ClaimsTask, Slots
 from fastsd.training.data import Dataset, Source, fingerprint
+from fastsd.training.determinism import fix_cublas
 from fastsd.training.diffusion import CaptionedLatents, DiffusionTask
 from fastsd.training.folder_data import PictureFolder
 from fastsd.training.latents import cached_latents, measured_scale
@@ -49,6 +50,7 @@ def train(recipe: Recipe, stop_after: int | None = None, dataset: Dataset | None
     Returns whether all is done.
     Raises ParameterError, CheckpointError, NumericsError.
     """
+    fix_cublas()
     dataset = open_dataset(recipe) if dataset is None else dataset
     output = Path(recipe.output)
     try:
