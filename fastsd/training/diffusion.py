@@ -41,9 +41,7 @@ class DiffusionLoss:
     min_snr_gamma: float | None = None  # γ of min(SNR, γ); None: off
     least_weight: float = 0.0  # of min-SNR's factor
     greatest_weight: float = 120.0  # of 1 + 1/SNR
-    noise_bias: float = (
-        0.0  # timesteps are drawn in proportion to ᾱ^(−noise_bias), see NOISIEST: above 0, high noise more often
-    )
+    noise_bias: float = 0.0  # timesteps are drawn in proportion to ᾱ^(−noise_bias), down to the ᾱ of NOISIEST
     input_perturbation: float = 0.0  # γ, the deviation of the further noise, in that of the noise
     claims: float = 0.0  # of the heads' loss, see claims.py
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from fastsd.checkpoints.file_bytes import file_sha256
 from fastsd.errors import ImageError, ParameterError
 from fastsd.images import to_rgb
 from fastsd.training.data import Caption
@@ -60,7 +61,7 @@ class PictureFolder:
         if self._fingerprint is None:
             hashed = hashlib.sha256(json.dumps(self.captions).encode())
             for file in self.files:
-                hashed.update(file.name.encode() + hashlib.sha256(_bytes(file)).digest())
+                hashed.update(file.name.encode() + _digest(file))
             self._fingerprint = hashed.hexdigest()[:16]
         return self._fingerprint
 
@@ -69,9 +70,9 @@ class PictureFolder:
         return Caption(captions[rng.integers(len(captions))], {})
 
 
-def _bytes(file: Path) -> bytes:
+def _digest(file: Path) -> bytes:
     try:
-        return file.read_bytes()
+        return bytes.fromhex(file_sha256(file))
     except OSError as error:
         raise ImageError(f"{file.name}: cannot be read: {error.strerror}") from error
 

@@ -1,5 +1,6 @@
 """Pictures of one's own: how they are scaled and cut, where their captions come from, and what is wrong with a folder."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -112,6 +113,22 @@ def test_files_that_windows_begins_with_a_mark(folder: Path) -> None:
     line = json.dumps({"file_name": "a-gray.JPG", "text": "gray"})
     (folder / "metadata.jsonl").write_text(line + "\n", encoding="utf-8-sig")
     assert PictureFolder(folder, 40).captions[:2] == [["gray"], ["wide"]]
+
+
+def test_the_fingerprint_is_of_names_bytes_and_captions(folder: Path) -> None:
+    """By its formula: a run goes on only with the fingerprint that it was begun with."""
+    pictures = PictureFolder(folder, 40)
+    text = json.dumps(pictures.captions).encode()
+    for file in pictures.files:
+        text += file.name.encode() + hashlib.sha256(file.read_bytes()).digest()
+    assert pictures.fingerprint() == hashlib.sha256(text).hexdigest()[:16]
+
+
+def test_a_picture_that_cannot_be_read_is_named(folder: Path) -> None:
+    pictures = PictureFolder(folder, 40)
+    pictures.files[0].unlink()
+    with pytest.raises(ImageError, match=rf"^{pictures.files[0].name}: cannot be read: No such file or directory$"):
+        pictures.fingerprint()
 
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
